@@ -1,0 +1,21 @@
+"""Typed errors. Each also derives from the built-in a caller would expect, so `except ValueError` keeps working."""
+
+from __future__ import annotations
+
+__all__ = ["ArgumentError", "BackendUnavailableError", "FastXAIError", "NotDifferentiableError"]
+
+
+class FastXAIError(Exception):
+    """Base of every error raised by this package."""
+
+
+class ArgumentError(FastXAIError, ValueError):
+    """An argument is wrong; the message names it, what was expected and what came."""
+
+
+class BackendUnavailableError(FastXAIError, RuntimeError):
+    """The backend that was asked for cannot serve the problem; the message says why."""
+
+
+class NotDifferentiableError(FastXAIError, RuntimeError):
+    """A gradient was asked of an operation that has none."""

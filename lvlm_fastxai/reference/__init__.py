@@ -1,0 +1,7 @@
+"""Dense twins: the readable definition of every operation, used as the referee in tests and benchmarks."""
+
+from __future__ import annotations
+
+from lvlm_fastxai.reference.relevancy_product import relevancy_product
+
+__all__ = ["relevancy_product"]
