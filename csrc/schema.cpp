@@ -1,0 +1,7 @@
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(lvlm_fastxai, m) {
+  m.def(
+      "relevancy_product(Tensor query, Tensor key, Tensor value, Tensor grad_output, Tensor logsumexp, Tensor row, "
+      "Tensor key_start, Tensor key_end, float scale) -> Tensor");
+}
