@@ -1,14 +1,44 @@
-"""Explanations of large vision-language models at the price of a backward pass."""
+"""Explanations of large vision-language models at the price of a backward pass.
+
+Names are imported when first used, so that ``import lvlm_fastxai`` loads neither torch nor the native library.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import families, ops
+    from .explainer import Explainer
+    from .explanation import Explanation
+    from .ops import use_backend
+    from .relevancy import relevancy_rows
+    from .tiny import load_tiny_lvlm
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Explainer": ".explainer",
+    "Explanation": ".explanation",
+    "load_tiny_lvlm": ".tiny",
+    "relevancy_rows": ".relevancy",
+    "use_backend": ".ops",
+}
+_MODULES = ("families", "ops")
+
+__all__ = ["Explainer", "Explanation", "families", "load_tiny_lvlm", "ops", "relevancy_rows", "use_backend"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return importlib.import_module("lvlm_fastxai.ops")
-    if name == "use_backend":
-        return importlib.import_module("lvlm_fastxai.ops").use_backend
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name], __name__), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ArgumentError", "BackendUnavailableError", "FastXAIError", "NotDifferentiableError"]
+__all__ = ["ArgumentError", "BackendUnavailableError", "FastXAIError", "NotDifferentiableError", "UnsupportedModelError"]
 
 
 class FastXAIError(Exception):
@@ -19,3 +19,7 @@ class BackendUnavailableError(FastXAIError, RuntimeError):
 
 class NotDifferentiableError(FastXAIError, RuntimeError):
     """A gradient was asked of an operation that has none."""
+
+
+class UnsupportedModelError(FastXAIError, TypeError):
+    """The model, or a mask it builds, cannot be explained; the message says what stands in the way."""

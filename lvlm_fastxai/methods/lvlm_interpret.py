@@ -1,0 +1,99 @@
+"""LVLM-Interpret's generation-time maps (Stan et al., 2024), reproduced on one teacher-forced pass.
+
+That tool takes a backward for every generated token while it generates. For token k it keeps the prompt rows of Ā from
+the first token's backward, takes row S0+j−1 from token j's, and normalises the one row of the product. So the product of
+token k is ``chefer``'s with the gradient
+
+    dÕ_i = dO_i of token 0's backward             for i < S0
+    dÕ_i = dO_i of token (i − S0 + 1)'s own        for S0 ≤ i ≤ q*
+
+which is the same for every token of one answer: all N rows share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..sweep import Sweep
+from ..targets import Targets
+from ._base import Method, advance
+
+
+class LvlmInterpret(Method):
+    """The tool's maps, its two post-steps included. Needs ``prompt_length`` S0: the answer starts at that column."""
+
+    name: ClassVar[str] = "lvlm_interpret"
+
+    def __init__(
+        self, targets: Targets, inputs: Mapping[str, Any], prompt_length: int | Sequence[int] | None = None
+    ) -> None:
+        super().__init__(targets, inputs, prompt_length)
+        if prompt_length is None:
+            raise ArgumentError("prompt_length: method 'lvlm_interpret' needs the column at which the answer starts")
+        input_ids = inputs.get("input_ids")
+        if input_ids is None:
+            raise ArgumentError("inputs: method 'lvlm_interpret' needs `input_ids` (B, S)")
+        starts = [prompt_length] * targets.batch if isinstance(prompt_length, int) else list(prompt_length)
+        if len(starts) != targets.batch or not all(1 <= start <= targets.columns for start in starts):
+            raise ArgumentError(
+                f"prompt_length: expected an integer in 1 … {targets.columns}, or one for each of the "
+                f"{targets.batch} samples, got {prompt_length}"
+            )
+        # Every answer token up to the last explained one needs a backward, whether it is explained itself or not.
+        chain: list[tuple[int, int, int]] = []
+        sequences = input_ids.tolist()
+        for index, (sample, row, token) in enumerate(
+            zip(targets.samples, targets.query_rows, targets.token_ids, strict=True)
+        ):
+            if row < starts[sample] - 1:
+                raise ArgumentError(
+                    f"targets[{index}]: query_row {row} is inside the prompt; method 'lvlm_interpret' explains "
+                    f"generated tokens, rows {starts[sample] - 1} and up"
+                )
+            if row + 1 == targets.columns:
+                sequences[sample] = [*sequences[sample][: row + 1], token]
+            elif sequences[sample][row + 1] != token:
+                raise ArgumentError(
+                    f"targets[{index}]: token {token} was not generated at row {row} (the sequence continues with "
+                    f"{sequences[sample][row + 1]}); method 'lvlm_interpret' explains generated tokens"
+                )
+        for sample, rows in enumerate(targets.rows_of_samples):
+            chain += [
+                (sample, row, sequences[sample][row + 1])
+                for row in range(starts[sample] - 1, max(rows, default=-1) + 1)
+            ]
+        samples, query_rows, token_ids = zip(*chain, strict=True)
+        self.explained = Targets(samples, query_rows, token_ids, targets.batch, targets.columns)
+
+    def rows(self, sweep: Sweep) -> Tensor:
+        targets, chain, result = self.targets, self.explained, self.empty_rows(sweep)
+
+        def join(layer: int, grad_outputs: list[Tensor]) -> Tensor:
+            joined = grad_outputs[0].clone()
+            for number, slot in enumerate(chain.slots[1:], start=1):
+                for token in slot:
+                    sample, row = chain.samples[token], chain.query_rows[token]
+                    joined[sample, :, row] = grad_outputs[number][sample, :, row]
+            return joined[:, None]  # (B, 1, H, S, d): one gradient for all rows
+
+        row = targets.start_rows(targets.slots, result.device, result.dtype)
+        for step in sweep.descend(chain.scalars(sweep.logits), collect=join):
+            row = advance(row, step)
+        targets.scatter(row, targets.slots, result)
+        return normalise(result, targets)
+
+
+def normalise(rows: Tensor, targets: Targets) -> Tensor:
+    """The tool's post-steps: take the self entry out, divide by the sum (1 if it is zero), put the self entry back."""
+    index = torch.arange(len(targets), device=rows.device)
+    own = torch.tensor(targets.query_rows, device=rows.device)
+    rows[index, own] -= 1
+    total = rows.sum(1, keepdim=True)
+    rows = rows / torch.where(total == 0, 1, total)
+    rows[index, own] += 1
+    return rows

@@ -1,0 +1,37 @@
+"""The last layer's attention row, averaged over heads: the baseline that people use today. No gradient is taken."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..sweep import Sweep
+from ._base import Method
+
+
+class RawAttention(Method):
+    """row_j = mean_h P_L[h][q*, j]."""
+
+    name: ClassVar[str] = "raw_attention"
+    needs_gradient: ClassVar[bool] = False
+
+    def rows(self, sweep: Sweep) -> Tensor:
+        targets, result = self.targets, self.empty_rows(sweep)
+        tape = sweep.top_layer()
+        assert tape.query is not None and tape.key is not None
+        assert tape.logsumexp is not None and tape.key_ranges is not None
+        device = tape.query.device
+        samples = torch.tensor(targets.samples, device=device)
+        rows = torch.tensor(targets.query_rows, device=device)
+        query = tape.query[samples, :, rows].to(result.dtype)  # (N, H, d)
+        groups = query.unflatten(1, (tape.key.shape[1], -1))  # (N, Hkv, H/Hkv, d)
+        columns = torch.arange(tape.key.shape[2], device=device)
+        for target, sample in enumerate(targets.samples):
+            scores = groups[target] @ tape.key[sample].to(result.dtype).mT * tape.scale  # (Hkv, H/Hkv, S)
+            logsumexp = tape.logsumexp[sample, :, rows[target]].view(*scores.shape[:2], 1)
+            first, last = tape.key_ranges[sample, rows[target]]
+            visible = (columns >= first) & (columns < last)
+            result[target] = torch.where(visible, (scores - logsumexp).exp(), 0).mean((0, 1)).to(result)
+        return result
