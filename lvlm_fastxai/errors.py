@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["ArgumentError", "BackendUnavailableError", "FastXAIError", "NotDifferentiableError", "UnsupportedModelError"]
+__all__ = [
+    "ArgumentError",
+    "BackendUnavailableError",
+    "FastXAIError",
+    "NotDifferentiableError",
+    "UnknownFamilyError",
+    "UnsupportedModelError",
+]
 
 
 class FastXAIError(Exception):
@@ -23,3 +30,7 @@ class NotDifferentiableError(FastXAIError, RuntimeError):
 
 class UnsupportedModelError(FastXAIError, TypeError):
     """The model, or a mask it builds, cannot be explained; the message says what stands in the way."""
+
+
+class UnknownFamilyError(FastXAIError, LookupError):
+    """The model family's image grid is not known; the message names the missing data and where to add it."""

@@ -1,0 +1,10 @@
+"""PaliGemma 1 and 2: one square grid from a SigLIP tower."""
+
+from ._family import Family
+from ._layouts import SquareGrid
+
+FAMILY = Family(
+    model_types=("paligemma",),
+    image_token="image_token_index",
+    layout=SquareGrid(),
+)
