@@ -6,7 +6,7 @@ the function and its mask are entries in transformers' ``AttentionInterface`` an
 
 Every mask in scope (causal, bidirectional prefix, image blocks, sliding window, padding on either side, packed
 sequences) lets a query row see one contiguous range of keys. So the mask that travels through the model is an int32
-tensor (B, Sq, 2) of half-open key ranges, and no (B, 1, Sq, Sk) tensor ever exists.
+tensor (B, 1, Sq, 2) of half-open key ranges, and no (B, 1, Sq, Sk) tensor ever exists.
 """
 
 from __future__ import annotations
@@ -146,7 +146,10 @@ def plain_ranges(batch: int, rows: int, keys: int, causal: bool, device: torch.d
 
 
 def key_range_mask(*args: Any, **kwargs: Any) -> Tensor:
-    """transformers mask function: (B, Sq, 2) int32 key ranges instead of a (B, 1, Sq, Sk) mask.
+    """transformers mask function: (B, 1, Sq, 2) int32 key ranges instead of a (B, 1, Sq, Sk) mask.
+
+    Four dimensions, because a mask of four is what transformers hands on as it is; PaliGemma makes its mask outside the
+    decoder, which would otherwise take the ranges for a (B, S) padding mask and build another mask from them.
 
     The library's own boolean mask is evaluated ``ROW_BLOCK`` rows at a time and reduced at once, so whatever mask a
     model composes (windows, image blocks, packed sequences) is honoured without knowing it.
@@ -178,7 +181,7 @@ def key_range_mask(*args: Any, **kwargs: Any) -> Tensor:
                 "attention mask: a query row sees keys with a gap between them; every row must see one contiguous "
                 "range of keys (causal, prefix, image blocks, windows and padding at either end are fine)"
             )
-    return torch.cat(ranges, dim=1)
+    return torch.cat(ranges, dim=1)[:, None]
 
 
 def attention(
@@ -221,15 +224,15 @@ def _plan_for(
         if not causal or rows == 1:
             return AttentionPlan(ranges, (Segment(slice(0, batch), slice(0, rows), slice(0, keys)),))
         return plan_attention(ranges)
-    if mask.dtype != torch.int32 or mask.shape != (batch, rows, 2):
+    if mask.dtype != torch.int32 or mask.shape != (batch, 1, rows, 2):
         raise UnsupportedModelError(
-            f"{type(module).__name__}: expected (B, Sq, 2) int32 key ranges as attention mask, got "
+            f"{type(module).__name__}: expected (B, 1, Sq, 2) int32 key ranges as attention mask, got "
             f"{tuple(mask.shape)} {mask.dtype}; pass a (B, S) attention_mask of zeros and ones to the model"
         )
     # The same mask tensor serves every layer of its kind; planning it costs a transfer to the host.
     plan = getattr(mask, "_lvlm_fastxai_plan", None)
     if plan is None:
-        plan = plan_attention(mask)
+        plan = plan_attention(mask[:, 0])
         mask._lvlm_fastxai_plan = plan  # type: ignore[attr-defined]
     return plan
 
