@@ -212,13 +212,12 @@ def seen_box(image_processor: Any, size: Size | None) -> Box:
     target = getattr(image_processor, "size", None) or {}
     scale_down, scale_across = 1.0, 1.0
     if getattr(image_processor, "do_resize", False):
-        if _entry(target, "shortest_edge"):
-            short, long = sorted((int(seen_height), int(seen_width)))
-            edge = _entry(target, "shortest_edge")
-            other = int(edge * long / short)
+        edge, resized_height, resized_width = (_entry(target, n) for n in ("shortest_edge", "height", "width"))
+        if edge:
+            other = int(edge * max(seen_height, seen_width) / min(seen_height, seen_width))
             resized = (edge, other) if seen_height <= seen_width else (other, edge)
-        elif _entry(target, "height") and _entry(target, "width"):
-            resized = (_entry(target, "height"), _entry(target, "width"))
+        elif resized_height and resized_width:
+            resized = (resized_height, resized_width)
         else:
             return WHOLE
         scale_down, scale_across = resized[0] / seen_height, resized[1] / seen_width

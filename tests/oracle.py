@@ -1,0 +1,168 @@
+"""The dense definition: post-softmax attention kept, its gradient from autograd, R as an S×S matrix per layer.
+
+Shares no code with the library. Attention is eager's formula, with one difference: in fp64 the softmax is fp64 too
+(transformers' eager always takes it in fp32, which alone costs 1e-8).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+NAME = "dense_oracle"
+Target = tuple[int, int, int]
+
+
+@dataclass
+class Kept:
+    """One decoder attention: probabilities (B,H,S,S) in the graph, un-repeated value (B,Hkv,S,d), output (B,H,S,d)."""
+
+    probabilities: Tensor
+    value: Tensor
+    output: Tensor
+
+
+_kept: list[Kept] | None = None
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    assert _kept is not None
+    groups = query.shape[1] // key.shape[1]
+    keys, values = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.matmul(query, keys.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : keys.shape[-2]]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    probabilities = nn.functional.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
+    output = torch.matmul(probabilities, values)
+    _kept.append(Kept(probabilities, value, output))
+    return output.transpose(1, 2).contiguous(), probabilities
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, eager_mask)
+
+
+@contextlib.contextmanager
+def _dense(model: nn.Module) -> Iterator[list[Kept]]:
+    global _kept
+    text = model.config.get_text_config()
+    before = text._attn_implementation
+    own = text is model.config
+    model.set_attn_implementation(NAME if own else {"text_config": NAME})
+    _kept = kept = []
+    try:
+        yield kept
+    finally:
+        _kept = None
+        model.set_attn_implementation(before if own else {"text_config": before})
+
+
+def forward(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, list[Kept]]:
+    """Logits (B,S,V) and what every decoder layer's attention kept, bottom layer first, all in one graph."""
+    with _dense(model) as kept, torch.enable_grad():
+        parameters = list(model.parameters())
+        frozen = [parameter.requires_grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        logits = model(**inputs, use_cache=False).logits
+        for parameter, flag in zip(parameters, frozen, strict=True):
+            parameter.requires_grad_(flag)
+    return logits, kept
+
+
+def gradients(logits: Tensor, kept: Sequence[Kept], target: Target, temperature: float = 1.0) -> list[Tensor]:
+    """∂z/∂P (H,S,S) of the target's sample, per layer; z is the raw logit over `temperature`."""
+    sample, row, token = target
+    z = logits[sample, row, token].to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    found = torch.autograd.grad(z, [layer.probabilities for layer in kept], retain_graph=True)
+    return [gradient[sample] for gradient in found]
+
+
+def _relevance(kept: Sequence[Kept], dense: Sequence[Tensor], sample: int) -> list[Tensor]:
+    """Ā = mean over heads of max(0, dP ∘ P), (S,S) per layer."""
+    return [(g * layer.probabilities[sample]).clamp(min=0).mean(0) for g, layer in zip(dense, kept, strict=True)]
+
+
+def _product(layers: Sequence[Tensor]) -> Tensor:
+    """R = (I + Ā_L) … (I + Ā_1)."""
+    identity = torch.eye(layers[0].shape[-1], dtype=layers[0].dtype)
+    relevancy = identity
+    for layer in layers:
+        relevancy = (identity + layer) @ relevancy
+    return relevancy
+
+
+def chefer_rows(
+    model: nn.Module, inputs: Mapping[str, Any], targets: Sequence[Target], temperature: float = 1.0
+) -> Tensor:
+    """(N, S) rows R[q*, :], in the model's dtype."""
+    logits, kept = forward(model, inputs)
+    rows = [
+        _product(_relevance(kept, gradients(logits, kept, target, temperature), target[0]))[target[1]]
+        for target in targets
+    ]
+    return torch.stack(rows).detach()
+
+
+def lvlm_interpret_rows(
+    model: nn.Module, inputs: Mapping[str, Any], targets: Sequence[Target], prompt_length: int | Sequence[int]
+) -> Tensor:
+    """(N, S) generation-time rows; prompt_length: the column at which the answer starts, one or one per sample."""
+    logits, kept = forward(model, inputs)
+    ids = inputs["input_ids"]
+    rows = []
+    for sample, query_row, token in targets:
+        start = prompt_length if isinstance(prompt_length, int) else prompt_length[sample]
+
+        def relevance(row: int, own: tuple[int, int, int] = (sample, query_row, token)) -> list[Tensor]:
+            target = own if row == own[1] else (own[0], row, int(ids[own[0], row + 1]))
+            return _relevance(kept, gradients(logits, kept, target), own[0])
+
+        first = relevance(start - 1)
+        mixed = [layer.clone() for layer in first]
+        for row in range(start, query_row + 1):
+            for layer, fresh in zip(mixed, relevance(row), strict=True):
+                layer[row] = fresh[row]
+        rows.append(post_steps(_product(mixed)[query_row], query_row))
+    return torch.stack(rows).detach()
+
+
+def post_steps(row: Tensor, query_row: int) -> Tensor:
+    """Identity removed, divided by the sum (a zero sum counts as 1), identity put back."""
+    unit = torch.zeros_like(row)
+    unit[query_row] = 1
+    rest = row - unit
+    total = rest.sum()
+    return rest / (total if total != 0 else 1) + unit
+
+
+def raw_attention_rows(model: nn.Module, inputs: Mapping[str, Any], targets: Sequence[Target]) -> Tensor:
+    """(N, S) mean over heads of the last layer's attention row."""
+    _, kept = forward(model, inputs)
+    return torch.stack([kept[-1].probabilities[sample, :, row].mean(0) for sample, row, _ in targets]).detach()
+
+
+def relative_error(found: Tensor, truth: Tensor) -> Tensor:
+    """(N,) L1 distance of each row from the truth, self entry and all, over the truth's L1 norm."""
+    return (found.double() - truth.double()).abs().sum(-1) / truth.double().abs().sum(-1)
