@@ -1,0 +1,96 @@
+# Every command a checkout needs. `make` lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+
+# A stamp's name holds a checksum of what it was made from: switching branches and touching files rebuilds nothing,
+# a changed byte does.
+checksum = $(shell cat $(1) | cksum | tr ' ' '-')
+NATIVE_SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc triton_kernels -type f 2>/dev/null | LC_ALL=C sort)
+RUNTIME := $(VENV)/.stamp-runtime-$(call checksum,requirements/runtime.lock requirements/build.lock)
+DEV := $(VENV)/.stamp-dev-$(call checksum,requirements/dev.lock)
+BUILD_SWITCHES := $(LVLM_FASTXAI_NO_EXT) $(LVLM_FASTXAI_CUDA) $(LVLM_FASTXAI_CUDA_ARCHS) $(LVLM_FASTXAI_TORCH_DIR)
+PACKAGE := $(VENV)/.stamp-package-$(shell (cat $(NATIVE_SOURCES); echo '$(BUILD_SWITCHES)') | cksum | tr ' ' '-')
+
+# Threads that spin while they wait cost more than they bring when workers share cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+# Nothing here may reach for a model hub.
+export HF_HUB_OFFLINE ?= 1
+# The environment's own cmake and ninja come first.
+export PATH := $(abspath $(BIN)):$(PATH)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-floor lint cuda wheel evaluate benchmark train-tiny clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): | $(BIN)/python
+	$(PIP) install -r requirements/runtime.lock -r requirements/build.lock
+	@rm -f $(VENV)/.stamp-runtime-* && touch $@
+
+$(DEV): | $(RUNTIME)
+	$(PIP) install -r requirements/dev.lock
+	@rm -f $(VENV)/.stamp-dev-* && touch $@
+
+# Editable: the library is built in place, and Python sources are used where they lie.
+$(PACKAGE): | $(RUNTIME)
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	@rm -f $(VENV)/.stamp-package-* && touch $@
+
+demo: | $(PACKAGE)  ## set up, and explain the shipped picture with the shipped model
+	@$(BIN)/lvlm-fastxai explain lvlm_fastxai/tiny/sample.png \
+	  "$$($(BIN)/python -c 'from lvlm_fastxai.tiny import SAMPLE_QUESTION; print(SAMPLE_QUESTION)')" --out out/demo
+
+test: | $(DEV) $(PACKAGE)  ## set up, and run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --timeout 300 $(PYTEST_ARGUMENTS)
+
+# The floor's packages lie over the development environment, in a folder of their own.
+FLOOR := .cache/floor-$(call checksum,requirements/floor.lock)
+$(FLOOR): | $(DEV)
+	@rm -rf .cache/floor-*
+	$(PIP) install --no-deps --target $@.part -r requirements/floor.lock && mv $@.part $@
+
+test-floor: | $(FLOOR) $(PACKAGE)  ## the tests that meet transformers, against the oldest supported one
+	PYTHONPATH=$(FLOOR) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --timeout 300 $(FLOOR_TESTS)
+
+lint: | $(DEV)  ## style, types, C++ layout
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/mypy
+
+# One build description: CMakeLists.txt compiles every .cu of csrc/cuda for the architectures of a release.
+cuda: | $(DEV)  ## compile the CUDA kernels for every supported architecture (skipped without nvcc, but not in CI)
+	@if ! command -v nvcc >/dev/null; then \
+	  echo 'cuda: no nvcc on PATH, the CUDA kernels were NOT compiled'; test "$$CI" != true; exit; fi; \
+	set -e; cmake -S . -B build/cuda -G Ninja -DFASTXAI_CUDA=ON -DPython3_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" >/dev/null; \
+	cmake --build build/cuda; \
+	for source in csrc/cuda/*.cu; do \
+	  ninja -C build/cuda -t compdb | grep -q "$$source" || { echo "cuda: $$source is not built by CMakeLists.txt"; exit 1; }; \
+	done; \
+	grep -o 'CUDA_ARCHITECTURES.*' build/cuda/build_info.h
+
+wheel: | $(DEV)  ## build a wheel, install it in clean environments elsewhere and try it there
+	PYTHON=$(PYTHON) .ci/wheel $(abspath $(BIN)/python)
+
+evaluate: | $(DEV) $(PACKAGE)  ## measure the maps against known evidence
+	$(BIN)/lvlm-fastxai evaluate --out out/evaluation
+
+benchmark: | $(DEV) $(PACKAGE)  ## time the operators and whole explanations
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m benchmarks end-to-end
+
+train-tiny: | $(DEV) $(PACKAGE)  ## train the shipped model from its seed (hours on two cores)
+	$(BIN)/python -m lvlm_fastxai.tiny.train
+
+clean:  ## remove what was built and the environment; training state stays
+	rm -rf $(VENV) .cache/floor-* build dist out *.egg-info lvlm_fastxai/*.so
