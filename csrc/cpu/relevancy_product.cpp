@@ -3,11 +3,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "../common/relevancy_product_arguments.h"
@@ -46,13 +45,9 @@ const RelevancyProductKernel& choose_kernel() {
   STD_TORCH_CHECK(false, "LVLM_FASTXAI_CPU_ISA=", forced, ": no kernel was built for it");
 }
 
-struct AlignedDelete {
-  void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
-};
-
-std::unique_ptr<float[], AlignedDelete> allocate(size_t floats) {
-  return std::unique_ptr<float[], AlignedDelete>(
-      static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t(64))));
+// Flat, and owned by torch, whose allocator aligns to 64 bytes and whose memory tools then see it.
+Tensor allocate(const Tensor& like, size_t floats) {
+  return torch::stable::new_empty(like, {static_cast<int64_t>(floats)});
 }
 
 // Active rows of every sample, and where each sample's begin.
@@ -96,39 +91,38 @@ void average_heads(const RelevancyProduct& problem, const float* partial) {
   }
 }
 
-void solve(const RelevancyProduct& problem) {
+Tensor relevancy_product(Tensor query, Tensor key, Tensor value, Tensor grad_output, Tensor logsumexp, Tensor row,
+                         Tensor key_start, Tensor key_end, double scale) {
+  const RelevancyProductArguments arguments =
+      describe(query, key, value, grad_output, logsumexp, row, key_start, key_end, scale);
+  const RelevancyProduct& problem = arguments.problem;
   const RelevancyProductKernel& kernel = choose_kernel();
   const RowLists lists = find_active_rows(problem);
-  const int64_t columns = problem.targets * problem.keys;
-  const auto partial = allocate(problem.batch * problem.heads * columns);
 
-  const int64_t block = kernel.key_block(problem);
-  const int64_t blocks = (problem.keys + block - 1) / block;
+  const int64_t columns = problem.targets * problem.keys;
   const int64_t heads = problem.batch * problem.heads;
-  const int64_t tasks = heads * blocks;
-  const int64_t threads = torch::stable::get_num_threads();
-  std::atomic<int64_t> next_task{0};
+  const int64_t block = kernel.key_block(problem);
+  const int64_t tasks = heads * ((problem.keys + block - 1) / block);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  const size_t scratch_floats = kernel.scratch_floats(problem);
+  const Tensor partial = allocate(row, heads * columns);
+  const Tensor scratch = allocate(row, threads * scratch_floats);
+  float* partial_data = partial.mutable_data_ptr<float>();
+  float* scratch_data = scratch.mutable_data_ptr<float>();
+
+  std::atomic<int64_t> next_task{0}, next_scratch{0};
   // Tasks differ in cost (a causal mask leaves few rows to the last keys), so threads draw them one by one, the
   // expensive first keys first.
-  torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1, [&](int64_t, int64_t) {
-    const auto scratch = allocate(kernel.scratch_floats(problem));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    float* own_scratch = scratch_data + next_scratch.fetch_add(1) * scratch_floats;
     for (int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
       const int64_t sample = task % heads / problem.heads;
       const int64_t head = task % problem.heads;
       const ActiveRows rows{lists.index.data() + lists.first[sample], lists.first[sample + 1] - lists.first[sample]};
-      kernel.run(problem, rows, sample, head, task / heads, scratch.get(), partial.get() + task % heads * columns);
+      kernel.run(problem, rows, sample, head, task / heads, own_scratch, partial_data + task % heads * columns);
     }
   });
-  average_heads(problem, partial.get());
-}
-
-torch::stable::Tensor relevancy_product(torch::stable::Tensor query, torch::stable::Tensor key,
-                                        torch::stable::Tensor value, torch::stable::Tensor grad_output,
-                                        torch::stable::Tensor logsumexp, torch::stable::Tensor row,
-                                        torch::stable::Tensor key_start, torch::stable::Tensor key_end, double scale) {
-  const RelevancyProductArguments arguments =
-      describe(query, key, value, grad_output, logsumexp, row, key_start, key_end, scale);
-  solve(arguments.problem);
+  average_heads(problem, partial_data);
   return arguments.result;
 }
 

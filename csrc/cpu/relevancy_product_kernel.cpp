@@ -29,7 +29,9 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline Floats load(const float* source) { return *reinterpret_cast<const FloatsAnywhere*>(source); }
+inline Floats load(const float* source) {
+  return *reinterpret_cast<const FloatsAnywhere*>(source);
+}
 
 inline Floats load(const BFloat16* source) {
   const Halves bits = *reinterpret_cast<const HalvesAnywhere*>(source);
@@ -44,7 +46,9 @@ inline Floats load(const Float16* source) {
   return (Floats)((Words)magnitude | special | ((bits & 0x8000u) << 16));
 }
 
-inline float load_one(const float* source) { return *source; }
+inline float load_one(const float* source) {
+  return *source;
+}
 
 template <typename T>
 inline float load_one(const T* source) {
@@ -93,12 +97,12 @@ inline void multiply_tile(const float* rows, const float* panel, int64_t width, 
 
 // One group of kTileRows query rows, as the tiles want them.
 struct RowGroup {
-  float* query;        // (kTileRows, d)
-  float* grad_output;  // (N or 1, kTileRows, d)
-  float* weight;       // (N, kTileRows)
+  float* query;                // (kTileRows, d)
+  float* grad_output;          // (N or 1, kTileRows, d)
+  float* weight;               // (N, kTileRows)
   float logsumexp[kTileRows];  // in units of log 2
   int32_t start[kTileRows], end[kTileRows];
-  int64_t first_key, last_key;     // union of the ranges
+  int64_t first_key, last_key;       // union of the ranges
   int64_t common_start, common_end;  // intersection of the ranges
 };
 
@@ -110,9 +114,15 @@ struct Scratch {
   RowGroup group;
 };
 
-inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t minimum(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+inline int64_t maximum(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 int64_t key_block(const RelevancyProduct& problem) {
   // Panels of keys and values fill a quarter of a 1 MiB L2 cache.
@@ -123,9 +133,9 @@ int64_t key_block(const RelevancyProduct& problem) {
 
 size_t scratch_floats(const RelevancyProduct& problem) {
   const int64_t block = key_block(problem);
-  return 2 * round_up(block * problem.width, 16) + round_up(problem.targets * block, 16) + 2 * round_up(kTileRows * kPanel, 16) +
-         round_up(kTileRows * problem.width, 16) * (1 + problem.grad_targets) +
-         round_up(problem.targets * kTileRows, 16);
+  return 2 * round_up(block * problem.width, 16) + round_up(problem.targets * block, 16) +
+         2 * round_up(kTileRows * kPanel, 16) + round_up(kTileRows * problem.width, 16) +
+         round_up(problem.grad_targets * kTileRows * problem.width, 16) + round_up(problem.targets * kTileRows, 16);
 }
 
 Scratch carve(const RelevancyProduct& problem, int64_t block, float* memory) {
@@ -182,10 +192,10 @@ template <typename T>
 int gather(const RelevancyProduct& problem, const ActiveRows& rows, int64_t sample, int64_t head, int64_t first_key,
            int64_t last_key, int64_t& next, RowGroup& group) {
   const int64_t width = problem.width;
-  const T* query = static_cast<const T*>(problem.query) + sample * problem.query_stride[0] +
-                   head * problem.query_stride[1];
-  const T* grad_output = static_cast<const T*>(problem.grad_output) + sample * problem.grad_stride[0] +
-                         head * problem.grad_stride[2];
+  const T* query =
+      static_cast<const T*>(problem.query) + sample * problem.query_stride[0] + head * problem.query_stride[1];
+  const T* grad_output =
+      static_cast<const T*>(problem.grad_output) + sample * problem.grad_stride[0] + head * problem.grad_stride[2];
   const float* logsumexp = problem.logsumexp + (sample * problem.heads + head) * problem.queries;
   const float* weight = problem.row + sample * problem.targets * problem.queries;
   group.first_key = problem.keys;
@@ -292,8 +302,8 @@ void add_tile(const RelevancyProduct& problem, const Scratch& scratch, int64_t b
 }
 
 template <typename T>
-void run_typed(const RelevancyProduct& problem, const ActiveRows& rows, int64_t sample, int64_t head, int64_t block_index,
-               float* memory, float* partial) {
+void run_typed(const RelevancyProduct& problem, const ActiveRows& rows, int64_t sample, int64_t head,
+               int64_t block_index, float* memory, float* partial) {
   const int64_t block = key_block(problem);
   const int64_t first_key = block_index * block;
   const int64_t count = minimum(block, problem.keys - first_key);

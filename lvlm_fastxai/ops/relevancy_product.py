@@ -131,6 +131,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, logsu
     targets = row.shape[1]
     if head_width == 0:
         _refuse("query", "have a head width of at least 1", tuple(query.shape))
+    if heads == 0:
+        _refuse("query", "have at least one head", tuple(query.shape))
     if key_heads == 0 or heads % key_heads:
         _refuse("key", f"have a number of heads that divides H = {heads}", key_heads)
     if targets == 0:
