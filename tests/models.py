@@ -318,7 +318,7 @@ def make_model(name: str, dtype: torch.dtype = torch.float64, *, seed: int = 0, 
                 parameter.add_(0.1 * noise)
             elif parameter.dim() == 1:
                 parameter.copy_(0.1 * noise)
-            elif "embed" in path and parameter.dim() == 2 or "position" in path:
+            elif ("embed" in path and parameter.dim() == 2) or "position" in path:
                 parameter.copy_(0.5 * noise)
             elif path.endswith("mm_input_projection_weight"):  # stored (in, out)
                 parameter.copy_(noise / parameter.shape[0] ** 0.5)
