@@ -234,7 +234,7 @@ int gather(const RelevancyProduct& problem, const ActiveRows& rows, int64_t samp
   return found;
 }
 
-// tile: probability, or the gradient tile on return of max(0, probability · gradient) where the key is visible.
+// Turns the gradient tile into max(0, probability · gradient).
 inline void rectify(const Floats probability[kTileRows][kTileVectors], Floats tile[kTileRows][kTileVectors]) {
   for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 8
@@ -245,23 +245,26 @@ inline void rectify(const Floats probability[kTileRows][kTileVectors], Floats ti
   }
 }
 
-inline void hide(const RowGroup& group, int64_t first_key, Floats tile[kTileRows][kTileVectors]) {
+// Adds weight · tile to the column sums. kBoundary: some row does not see some key of the tile.
+template <bool kBoundary>
+inline void add_columns(const RowGroup& group, const float* weight, int64_t first_key,
+                        const Floats tile[kTileRows][kTileVectors], float* sums) {
+  Floats column[kTileVectors] = {};
   Ints lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   for (int r = 0; r < kTileRows; ++r) {
-    for (int v = 0; v < kTileVectors; ++v) {
-      const Ints key = lane + static_cast<int32_t>(first_key + v * kLanes);
-      tile[r][v] = (key >= group.start[r]) & (key < group.end[r]) ? tile[r][v] : Floats{};
-    }
-  }
-}
-
-inline void add_columns(const float* weight, const Floats tile[kTileRows][kTileVectors], float* sums) {
-  Floats column[kTileVectors] = {};
-  for (int r = 0; r < kTileRows; ++r) {
     if (weight[r] == 0.0f) continue;
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVectors; ++v) column[v] += weight[r] * tile[r][v];
+    for (int v = 0; v < kTileVectors; ++v) {
+      const Floats share = weight[r] * tile[r][v];
+      if (kBoundary) {
+        // A hidden key gets nothing, not even from a weight that is not finite.
+        const Ints key = lane + static_cast<int32_t>(first_key + v * kLanes);
+        column[v] += (key >= group.start[r]) & (key < group.end[r]) ? share : Floats{};
+      } else {
+        column[v] += share;
+      }
+    }
   }
   for (int v = 0; v < kTileVectors; ++v) *reinterpret_cast<Floats*>(sums + v * kLanes) += column[v];
 }
@@ -295,9 +298,13 @@ void add_tile(const RelevancyProduct& problem, const Scratch& scratch, int64_t b
     if (!shared_gradient || n == 0) {
       multiply_tile(group.grad_output + n * kTileRows * width, values, width, scratch.product);
       rectify(scratch.probability, scratch.product);
-      if (boundary) hide(group, first_key, scratch.product);
     }
-    add_columns(weight, scratch.product, scratch.sums + n * block + panel_offset);
+    float* sums = scratch.sums + n * block + panel_offset;
+    if (boundary) {
+      add_columns<true>(group, weight, first_key, scratch.product, sums);
+    } else {
+      add_columns<false>(group, weight, first_key, scratch.product, sums);
+    }
   }
 }
 

@@ -21,11 +21,10 @@ _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("lvlm_fa
 
 @dataclass(frozen=True)
 class Problem:
-    """What a backend may look at when it decides whether it can serve a call."""
+    """What a backend may look at when it decides whether it can serve a call. No sizes: they may be symbolic."""
 
     device: torch.device
     dtype: torch.dtype
-    head_width: int
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,11 @@ _operators: dict[str, dict[str, Backend]] = {}
 def register(operator: str, implementations: dict[str, Backend]) -> None:
     """Make the implementations of an operator known, keyed by backend name."""
     _operators[operator] = {name: implementations[name] for name in BACKENDS if name in implementations}
+
+
+def operators() -> tuple[str, ...]:
+    """Names of all operators."""
+    return tuple(sorted(_operators))
 
 
 def backends(operator: str) -> dict[str, str | None]:
@@ -109,10 +113,8 @@ def requested_backend() -> str | None:
 
 # Decided once at trace time under torch.compile, which can follow neither context variables nor the file system.
 @torch.compiler.assume_constant_result
-def _select_name(
-    operator: str, device: torch.device, dtype: torch.dtype, head_width: int, backend: str | None = None
-) -> str:
-    problem = Problem(device, dtype, head_width)
+def _select_name(operator: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+    problem = Problem(device, dtype)
     implementations = _operators[operator]
     name = requested_backend() if backend is None else _check_name(backend, f"{operator}: `backend`")
     if name is None:
@@ -129,11 +131,11 @@ def _select_name(
 
 
 def select(operator: str, query: Tensor, backend: str | None = None) -> Callable[..., Tensor]:
-    """The implementation that is to serve a call, judged by its query tensor (..., d).
+    """The implementation that is to serve a call, judged by its query tensor.
 
     Raises:
         ArgumentError: there is no backend of that name.
         BackendUnavailableError: the backend that was asked for cannot serve the call.
     """
-    name = _select_name(operator, query.device, query.dtype, query.shape[-1], backend)
+    name = _select_name(operator, query.device, query.dtype, backend)
     return _operators[operator][name].run

@@ -1,4 +1,4 @@
-"""Every mask in scope lets a query row see one contiguous range of keys; this turns the usual descriptions into ranges."""
+"""Every mask in scope lets a query row see one contiguous range of keys; this makes ranges of their descriptions."""
 
 from __future__ import annotations
 

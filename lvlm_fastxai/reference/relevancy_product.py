@@ -52,8 +52,8 @@ def relevancy_product(
     probability = torch.exp(scores.to(result_dtype) - logsumexp[..., None]).to(dtype)  # (B, H, Sq, Sk)
     grad_probability = grad_output.to(dtype) @ value[:, None].transpose(-1, -2)  # (B, N, H, Sq, Sk)
     positive = (probability[:, None] * grad_probability).clamp(min=0)
-    mean = positive.masked_fill(~visible[:, None, None], 0).mean(dim=2, dtype=result_dtype)  # (B, N, Sq, Sk)
+    mean = positive.mean(dim=2, dtype=result_dtype)  # (B, N, Sq, Sk)
 
-    row = row.to(result_dtype)
-    mean = mean.masked_fill((row == 0)[..., None], 0)
-    return (row[:, :, None] @ mean).squeeze(2)
+    row = row.to(result_dtype)[..., None]  # (B, N, Sq, 1)
+    contributes = visible[:, None] & (row != 0)
+    return (row * mean).masked_fill(~contributes, 0).sum(dim=2)
