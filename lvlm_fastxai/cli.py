@@ -1,0 +1,327 @@
+"""The command line ``lvlm-fastxai``.
+
+Nothing heavy is imported before it is needed, so ``--help`` answers at once. Bad input ends with exit code 2 and one
+line on stderr that says what to do, an interruption with 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .errors import ArgumentError, FastXAIError
+
+if TYPE_CHECKING:
+    from .explainer import Explainer
+
+METHODS = ("chefer", "lvlm_interpret", "raw_attention")
+MEMORY_MODES = ("fast", "lean", "min")
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments after the program's name; those of the process by default.
+
+    Returns:
+        0, or 2 for bad input, or 130 when interrupted; the reason is on stderr, in one line.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # OpenMP's waiting threads spin by default, which slows a small model tenfold when other programs share the cores.
+    # Read when torch is first imported; a user's own setting stays.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        args = _parser(arguments).parse_args(arguments)
+        return int(args.run(args) or 0)
+    except FastXAIError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("lvlm-fastxai: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has closed it (`| head`); Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _fail(message: str) -> int:
+    print("lvlm-fastxai: error: " + " ".join(message.split()), file=sys.stderr)
+    return BAD_INPUT
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line; the usage is a `--help` away."""
+
+    def error(self, message: str) -> Any:
+        raise ArgumentError(f"{message} (see `{self.prog} --help`)")
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lvlm-fastxai",
+        description="Why did the model say that? Exact relevancy maps of large vision-language models.",
+        epilog="example: lvlm-fastxai explain photo.png 'what is left of the tree?' --out report",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, summary: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    explain = command(
+        "explain",
+        "answer a question about an image and write a relevancy map for every token of the answer",
+        "lvlm-fastxai explain photo.png 'what is left of the tree?' --model llava-1.5-7b-hf --memory lean --out report",
+    )
+    _add_question(explain)
+    explain.add_argument(
+        "--out", metavar="DIR", default="lvlm-fastxai-report", help="folder to write (default: %(default)s)"
+    )
+    explain.add_argument("--json", action="store_true", help="print the explanation as JSON on stdout")
+    explain.set_defaults(run=_explain)
+
+    estimate = command(
+        "estimate",
+        "say what an explanation will cost in time and memory, before anything is run",
+        "lvlm-fastxai estimate photo.png 'what is left of the tree?' --model llava-1.5-7b-hf",
+    )
+    _add_question(estimate)
+    estimate.add_argument("--json", action="store_true", help="print the estimate as JSON on stdout")
+    estimate.set_defaults(run=_estimate)
+
+    info = command(
+        "info", "show versions, what was built, and which backends work here and why others do not", "lvlm-fastxai info"
+    )
+    info.add_argument("--json", action="store_true", help="print as JSON")
+    info.set_defaults(run=_info)
+
+    evaluate = command(
+        "evaluate",
+        "measure how well the maps point at the evidence, on scenes whose evidence is known",
+        "lvlm-fastxai evaluate --help",
+    )
+    # Its options live beside its code, which need not be imported for the other commands.
+    if next((argument for argument in arguments if not argument.startswith("-")), None) == "evaluate":
+        from . import evaluate as evaluation
+
+        evaluation.add_arguments(evaluate)
+        evaluate.set_defaults(run=evaluation.run)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *unused: Any) -> None:
+        from . import __version__
+
+        print(f"lvlm-fastxai {__version__}")
+        parser.exit()
+
+
+def _add_question(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", metavar="IMAGE", help="picture file (PNG, JPEG, WebP, …)")
+    parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
+    parser.add_argument(
+        "--model", metavar="DIR", help="folder of a transformers checkpoint (default: the small model that is shipped)"
+    )
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
+    parser.add_argument(
+        "--memory",
+        choices=MEMORY_MODES,
+        default=MEMORY_MODES[0],
+        help="fast: keep activations; lean: recompute layer by layer; min: keep layer inputs off the device as well "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="longest answer, in tokens (default: %(default)s)"
+    )
+    parser.add_argument("--backend", choices=BACKENDS, help="kernel to use; default: the first that works here")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="weights and computation (default: as stored in the checkpoint)",
+    )
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from .explanation import prepare_directory
+
+    folder = prepare_directory(args.out)
+    _check_question(args)
+    with _stages() as progress, _backend(args.backend):
+        explainer = _explainer(args)
+        explanation = explainer(args.image, args.question, max_new_tokens=args.max_new_tokens, progress=progress)
+    explanation.command = "lvlm-fastxai " + shlex.join(_own_arguments(args))
+    paths = explanation.save(folder)
+    if args.json:
+        print(json.dumps({**explanation.to_dict(), "files": {name: str(path) for name, path in paths.items()}}))
+        return 0
+    print(f"{explanation.answer}")
+    seconds = explanation.seconds
+    print(
+        f"confidence {explanation.confidence:.1%} · answered in {seconds['generate']:.2f} s, "
+        f"explained in {seconds['explain']:.2f} s ({explanation.method}, backend {explanation.backend})"
+    )
+    for note in explanation.notes:
+        print(f"note: {note}")
+    print(f"report: {paths['report']}")
+    return 0
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    _check_question(args)
+    with _backend(args.backend):
+        estimate = _explainer(args).estimate(args.image, args.question, max_new_tokens=args.max_new_tokens)
+    if args.json:
+        print(json.dumps(estimate.to_dict()))
+        return 0
+    print(
+        f"at most about {estimate.seconds:.3g} s and {estimate.bytes / 2**20:.3g} MiB beyond the model, "
+        f"for {estimate.sequence_length} positions, {args.max_new_tokens} of them answer"
+    )
+    for name, seconds in estimate.parts.items():
+        print(f"  {name:<9}{seconds:.3g} s")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from . import info
+
+    found = info.collect()
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print(info.format_text(found))
+    return 0
+
+
+def _check_question(args: argparse.Namespace) -> None:
+    """What can be seen to be wrong before a model is loaded."""
+    if not args.question.strip():
+        raise ArgumentError("question: expected some text, got an empty question")
+    if args.max_new_tokens < 1:
+        raise ArgumentError(f"--max-new-tokens: expected at least 1, got {args.max_new_tokens}")
+    from .picture import load_picture
+
+    load_picture(args.image)
+
+
+def _own_arguments(args: argparse.Namespace) -> list[str]:
+    """The command again, from what was parsed: what was left at its default is left out."""
+    words = ["explain", args.image, args.question]
+    defaults = {"method": METHODS[0], "memory": MEMORY_MODES[0], "max_new_tokens": 64, "device": "cpu", "dtype": "auto"}
+    for name in ("model", "method", "memory", "max_new_tokens", "backend", "device", "dtype", "out"):
+        value = getattr(args, name)
+        if value is not None and value != defaults.get(name):
+            words += ["--" + name.replace("_", "-"), str(value)]
+    return words
+
+
+@contextmanager
+def _backend(name: str | None) -> Iterator[None]:
+    if name is None:
+        yield
+        return
+    from . import ops
+
+    reason = ops.backends("relevancy_product").get(name, "it is not part of this build")
+    if reason is not None:
+        from .errors import BackendUnavailableError
+
+        raise BackendUnavailableError(
+            f"--backend: '{name}' cannot be used here: {reason}; `lvlm-fastxai info` lists all"
+        )
+    with ops.use_backend(name):
+        yield
+
+
+def _explainer(args: argparse.Namespace) -> Explainer:
+    from .explainer import Explainer
+
+    model, processor = _load(args.model, args.device, args.dtype)
+    return Explainer(model, processor, method=args.method, memory=args.memory)
+
+
+def _load(folder: str | None, device: str, dtype: str) -> tuple[Any, Any]:
+    """Model and processor of a checkpoint folder, or the shipped ones; ArgumentError in one line if that fails."""
+    import torch
+    import transformers
+
+    from .picture import one_line
+
+    # Advice about optional packages would stand among our own lines.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ArgumentError(f"--device: '{device}' cannot be used here: {one_line(error)}") from error
+    model: Any
+    if folder is None:
+        from .tiny import load_tiny_lvlm
+
+        try:
+            model, processor = load_tiny_lvlm()
+        except FileNotFoundError as error:
+            raise ArgumentError(f"--model: {error}") from error
+        model = model if dtype == "auto" else model.to(getattr(torch, dtype))
+        return model.to(target), processor
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise ArgumentError(f"--model: '{folder}' is no folder of a transformers checkpoint: it holds no config.json")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        if type(config) not in transformers.AutoModelForImageTextToText._model_mapping:
+            raise ArgumentError(
+                f"--model: '{folder}' holds a {config.model_type} model, which reads no images; "
+                "give an image-text-to-text checkpoint such as LLaVA"
+            )
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, dtype="auto" if dtype == "auto" else getattr(torch, dtype), local_files_only=True
+        )
+        processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+    # transformers, safetensors and tokenizers raise what they like on damaged or missing files.
+    except Exception as error:
+        if isinstance(error, FastXAIError):
+            raise
+        raise ArgumentError(f"--model: cannot load '{folder}': {one_line(error)}") from error
+    return model.eval().to(target), processor
+
+
+@contextmanager
+def _stages() -> Iterator[Any]:
+    """A progress bar on stderr for the stages of an explanation, where stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=1, desc="load", leave=False, bar_format="{desc:<10}{bar}| {n_fmt}/{total_fmt} [{elapsed}]") as bar:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            bar.set_description(stage, refresh=False)
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        yield progress
+
+
+if __name__ == "__main__":
+    sys.exit(main())

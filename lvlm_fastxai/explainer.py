@@ -1,0 +1,562 @@
+"""From an image and a question to an answer with a relevancy map for each of its tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import inspect
+import os
+import platform
+import string
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from . import families
+from .cost import Estimate, estimate_cost
+from .errors import ArgumentError, FastXAIError, UnknownFamilyError, UnsupportedModelError
+from .explanation import ExplainedImage, Explanation, PromptToken, TokenExplanation
+from .methods import METHODS
+from .ops import _dispatch
+from .picture import load_picture, one_line
+from .relevancy import RelevancyRows, explain_rows
+from .sweep import MEMORY_MODES
+
+__all__ = ["Estimate", "Explainer"]
+
+Progress = Callable[[str, int, int], None]
+
+# Inputs with one entry per position, and what an answer's position holds. All others belong to the pictures.
+ANSWER_FILL = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
+# PaliGemma's type 1 is the suffix that attends causally; its prefix, type 0, attends both ways.
+SUFFIX_TYPE_FAMILIES = ("paligemma",)
+
+
+class Explainer:
+    """Answers questions about pictures and says what each word of the answer rests on.
+
+    The model is left exactly as it was found; it may be on any device and of any dtype.
+
+    Args:
+        model: a transformers image-text-to-text model with a decoder-only language model.
+        processor: its processor (pictures and text).
+        method: "chefer" (default), "lvlm_interpret" or "raw_attention"; see `relevancy_rows`.
+        memory: "fast" keeps activations, "lean" recomputes layer by layer, "min" also keeps layer inputs off the
+            device.
+        row_tolerance: 0 for the exact sweep.
+        prompt_template: text around image and question, with the fields ``{image}`` and ``{question}``, for a processor
+            without a chat template. None: the chat template, and ``"{image}{question}"`` where there is none.
+
+    Raises:
+        ArgumentError: an unknown method or memory mode, a processor without pictures or text, a text-only model.
+
+    Example:
+        >>> import lvlm_fastxai as fx
+        >>> explainer = fx.Explainer(*fx.load_tiny_lvlm())                               # doctest: +SKIP
+        >>> explanation = explainer("scene.png", "what colour is the circle?")           # doctest: +SKIP
+        >>> explanation.tokens[0].text, explanation.tokens[0].image_map.shape            # doctest: +SKIP
+        ('red', (12, 12))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        *,
+        method: str = "chefer",
+        memory: str = "fast",
+        row_tolerance: float = 0.0,
+        prompt_template: str | None = None,
+    ) -> None:
+        if method not in METHODS:
+            raise ArgumentError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+        if memory not in MEMORY_MODES:
+            raise ArgumentError(f"memory: expected one of {', '.join(MEMORY_MODES)}, got {memory!r}")
+        if not 0.0 <= row_tolerance < 1.0:
+            raise ArgumentError(f"row_tolerance: expected 0 … 1, 1 excluded, got {row_tolerance}")
+        if prompt_template is not None and not {"{image}", "{question}"} <= set(_fields(prompt_template)):
+            raise ArgumentError(
+                f"prompt_template: expected the fields {{image}} and {{question}}, got {prompt_template!r}"
+            )
+        config = getattr(model, "config", None)
+        if config is None or not hasattr(model, "generate"):
+            raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model that generates text")
+        if getattr(config, "vision_config", None) is None and str(config.model_type) not in families.known():
+            raise ArgumentError(
+                f"model: {type(model).__name__} ({config.model_type}) reads no images, its configuration has no "
+                "vision part; give an image-text-to-text model such as LLaVA"
+            )
+        for part in ("tokenizer", "image_processor"):
+            if getattr(processor, part, None) is None:
+                raise ArgumentError(
+                    f"processor: {type(processor).__name__} has no {part}; give the model's own processor "
+                    "(AutoProcessor.from_pretrained)"
+                )
+        self.model: Any = model
+        self.processor = processor
+        self.method = method
+        self.memory = memory
+        self.row_tolerance = row_tolerance
+        self.prompt_template = prompt_template
+
+    def __call__(
+        self,
+        image: Any,
+        question: str,
+        *,
+        max_new_tokens: int = 64,
+        progress: Progress | None = None,
+    ) -> Explanation:
+        """Answer the question and explain every token of the answer.
+
+        The answer is generated greedily with the model's own attention and no graph; then one teacher-forced pass over
+        prompt and answer gives every token's relevancy row. End-of-sequence and other special tokens are not explained.
+
+        Args:
+            image: a path, a PIL picture, or an array (h, w), (h, w, 3) or (h, w, 4), uint8 or floats in 0 … 1; a list
+                of them for a question about several pictures.
+            question: plain text, without image markers.
+            max_new_tokens: the longest answer, in tokens.
+            progress: called as ``progress(stage, done, total)`` with the stages "generate" (tokens) and "explain".
+
+        Raises:
+            ArgumentError: an unreadable picture, an empty question, no image token in the prompt, logits that are NaN.
+            UnsupportedModelError: the model's attention cannot be registered.
+            FastXAIError: the model answers with nothing at all.
+        """
+        report = progress or (lambda stage, done, total: None)
+        pictures, inputs, notes = self._prepare(image, question, max_new_tokens)
+        prompt_length = inputs["input_ids"].shape[1]
+        # What can fail without the model fails before it runs.
+        backend = self._backend()
+        reading = self._reading(question, pictures, inputs, notes)
+
+        started = time.perf_counter()
+        generated = self._generate(inputs, max_new_tokens, report)
+        generate_seconds = time.perf_counter() - started
+        ends = self._end_tokens()
+        if generated and generated[-1] in ends:
+            generated = generated[:-1]
+        elif len(generated) >= max_new_tokens:
+            notes.append(f"The answer was cut at {max_new_tokens} tokens (max_new_tokens).")
+        skipped = ends | set(self.processor.tokenizer.all_special_ids)
+        kept = [index for index, token in enumerate(generated) if token not in skipped]
+        if not kept:
+            raise FastXAIError("the model answered with nothing: there is no token to explain; ask differently")
+
+        joined = self._join(inputs, generated)
+        targets = [(0, prompt_length + index - 1, generated[index]) for index in kept]
+        report("explain", 0, 1)
+        started = time.perf_counter()
+        with _peak_memory(joined["input_ids"].device) as peak:
+            result = explain_rows(
+                self.model,
+                self._accepted(joined),
+                targets,
+                method=self.method,
+                memory=self.memory,
+                row_tolerance=self.row_tolerance,
+                prompt_length=prompt_length,
+            )
+        explain_seconds = time.perf_counter() - started
+        report("explain", 1, 1)
+        _check_finite(result)
+        explained = [generated[index] for index in kept]
+        positions = [prompt_length + index for index in kept]
+        return Explanation(
+            question=question,
+            answer=self._decode(generated).strip(),
+            tokens=reading.tokens(result, self._pieces(explained), explained, positions),
+            prompt_tokens=reading.prompt_tokens,
+            images=reading.images,
+            method=self.method,
+            memory=self.memory,
+            row_tolerance=self.row_tolerance,
+            backend=backend,
+            seconds={"generate": generate_seconds, "explain": explain_seconds},
+            peak_bytes=peak.bytes,
+            model_name=_model_name(self.model),
+            model_class=type(self.model).__name__,
+            device=str(self.model.device),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            sequence_length=joined["input_ids"].shape[1],
+            prompt_length=prompt_length,
+            versions=_versions(),
+            notes=notes,
+        )
+
+    def answer(self, image: Any, question: str, *, max_new_tokens: int = 64) -> str:
+        """The greedy answer alone; arguments and errors as in calling the explainer."""
+        _, inputs, _ = self._prepare(image, question, max_new_tokens)
+        generated = self._generate(inputs, max_new_tokens, lambda stage, done, total: None)
+        return self._decode(generated).strip()
+
+    def estimate(self, image: Any, question: str, *, max_new_tokens: int = 64) -> Estimate:
+        """What an explanation will cost at most, before the model is run.
+
+        An analytic count, not a measurement: operations and weight bytes of the vision tower, of reading the prompt, of
+        `max_new_tokens` steps of generation, of one teacher-forced pass, and of one activation-only backward with its
+        relevancy product per answer token; each at the rate that a probe of this machine reached (matrix product, bytes
+        read, time of one small call; under 0.3 s, once per device and dtype). Bytes are the activations of the memory
+        mode beyond the weights. It assumes that the answer takes all of `max_new_tokens`; a shorter answer costs less.
+        Time is good to a factor of about three on a machine that does nothing else.
+
+        Args:
+            image, question, max_new_tokens: as in calling the explainer.
+
+        Returns:
+            Estimate: seconds, bytes, and the seconds' parts.
+
+        Raises:
+            ArgumentError: as in calling the explainer.
+
+        Example:
+            >>> explainer.estimate("scene.png", "how many objects?", max_new_tokens=4)   # doctest: +SKIP
+            Estimate(seconds=0.19, bytes=12533760, ...)
+        """
+        _, inputs, _ = self._prepare(image, question, max_new_tokens)
+        return estimate_cost(
+            self.model,
+            prompt_length=inputs["input_ids"].shape[1],
+            answer_length=max_new_tokens,
+            pictures=inputs.get("pixel_values"),
+            memory=self.memory,
+            method=self.method,
+        )
+
+    def _prepare(
+        self, image: Any, question: str, max_new_tokens: int
+    ) -> tuple[list[Image.Image], dict[str, Any], list[str]]:
+        if not isinstance(question, str) or not question.strip():
+            raise ArgumentError("question: expected some text, got an empty question")
+        if max_new_tokens < 1:
+            raise ArgumentError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        marker = getattr(self.processor, "image_token", None)
+        if isinstance(marker, str) and marker in question:
+            raise ArgumentError(f"question: leave out the image marker {marker!r}, it is added for you")
+        several = isinstance(image, list | tuple)
+        if several and not image:
+            raise ArgumentError("image: expected at least one picture, got an empty list")
+        pictures = [load_picture(item) for item in (image if several else [image])]
+        text, notes = self._prompt(question, len(pictures))
+        # A template that writes the first token itself must not get it twice.
+        first = self.processor.tokenizer.bos_token
+        settings = {"add_special_tokens": False} if first and text.startswith(first) else {}
+        try:
+            encoded = self.processor(images=list(pictures), text=[text], return_tensors="pt", **settings)
+        except (ValueError, TypeError, IndexError, KeyError) as error:
+            raise ArgumentError(f"the processor cannot prepare image and question: {one_line(error)}") from error
+        device, dtype = self.model.device, self.model.dtype
+        inputs: dict[str, Any] = {}
+        for name, value in encoded.items():
+            if isinstance(value, Tensor):
+                value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            inputs[name] = value
+        self._check_image_tokens(inputs, len(pictures))
+        return pictures, inputs, notes
+
+    def _prompt(self, question: str, pictures: int) -> tuple[str, list[str]]:
+        template = self.prompt_template
+        notes: list[str] = []
+        if template is None and getattr(self.processor, "chat_template", None):
+            content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": question}]
+            messages = [{"role": "user", "content": content}]
+            return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), notes
+        if template is None:
+            template = "{image}{question}"
+            notes.append("The processor has no chat template: the prompt is the image followed by the question.")
+        marker = getattr(self.processor, "image_token", None) or "<image>"
+        return template.replace("{image}", str(marker) * pictures).replace("{question}", question), notes
+
+    def _check_image_tokens(self, inputs: Mapping[str, Any], pictures: int) -> None:
+        token = _image_token(self.model.config)
+        if token is not None and not bool((inputs["input_ids"] == token).any()):
+            raise ArgumentError(
+                f"the prompt holds no image token (id {token}) although {pictures} picture(s) came: the processor's "
+                "chat template, or prompt_template, must put the image into the prompt"
+            )
+
+    def _accepted(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The processor's outputs that the model's forward takes; some are for the layout alone."""
+        names = inspect.signature(self.model.forward).parameters
+        return {name: value for name, value in inputs.items() if name in names}
+
+    def _generate(self, inputs: Mapping[str, Any], max_new_tokens: int, report: Progress) -> list[int]:
+        prompt_length = inputs["input_ids"].shape[1]
+
+        class Watch(LogitsProcessor):
+            def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+                # The largest of logits that hold a NaN is a token like any other: without this the answer is noise.
+                if bool(scores.isnan().any()):
+                    raise ArgumentError(
+                        "model: its logits are NaN; check the weights and the dtype (fp16 overflows, bf16 does not)"
+                    )
+                report("generate", input_ids.shape[1] - prompt_length, max_new_tokens)
+                return scores
+
+        report("generate", 0, max_new_tokens)
+        with _evaluating(self.model), torch.no_grad():
+            output = self.model.generate(
+                **self._accepted(inputs),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                # Sampling settings of the checkpoint would only cause warnings about having no effect.
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                logits_processor=LogitsProcessorList([Watch()]),
+            )
+        return output[0, prompt_length:].tolist()
+
+    def _end_tokens(self) -> set[int]:
+        ends: set[int] = set()
+        for holder in (self.model.generation_config, self.model.config, self.processor.tokenizer):
+            value = getattr(holder, "eos_token_id", None)
+            ends.update(value if isinstance(value, list | tuple) else [value] if value is not None else [])
+        return ends
+
+    def _join(self, inputs: Mapping[str, Any], answer: Sequence[int]) -> dict[str, Any]:
+        """The teacher-forced inputs: prompt and answer, with every per-position input extended likewise."""
+        joined = dict(inputs)
+        tokens = inputs["input_ids"]
+        joined["input_ids"] = torch.cat([tokens, torch.tensor([answer], dtype=tokens.dtype, device=tokens.device)], 1)
+        for name, fill in ANSWER_FILL.items():
+            value = inputs.get(name)
+            if not isinstance(value, Tensor) or value.shape != tokens.shape:
+                continue
+            if name == "token_type_ids" and self.model.config.model_type in SUFFIX_TYPE_FAMILIES:
+                fill = 1
+            joined[name] = torch.cat([value, value.new_full((1, len(answer)), fill)], 1)
+        return joined
+
+    def _decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self.processor.tokenizer.decode(
+            list(tokens), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+    def _pieces(self, tokens: Sequence[int]) -> list[str]:
+        """Each token's own text, which depends on its neighbours; joined, they are the text of all."""
+        pieces, before = [], ""
+        for end in range(1, len(tokens) + 1):
+            after = self._decode(tokens[:end], skip_special_tokens=False)
+            # A character of several byte tokens appears whole at its last token.
+            complete = after.rstrip("\ufffd") if end < len(tokens) else after
+            complete = complete if complete.startswith(before) else after
+            pieces.append(complete[len(before) :] if complete.startswith(before) else complete)
+            before = complete
+        return pieces
+
+    def _backend(self) -> str:
+        """Name of the implementation that will run; BackendUnavailableError if the one asked for cannot."""
+        if self.method == "raw_attention":
+            return "torch (no kernel is needed)"
+        text = self.model.config.get_text_config()
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return _dispatch._select_name("relevancy_product", self.model.device, self.model.dtype, int(width))
+
+    def _reading(
+        self, question: str, pictures: list[Image.Image], inputs: Mapping[str, Any], notes: list[str]
+    ) -> _Reading:
+        """How rows will be read: which columns are the picture's grid, the question's words and the template."""
+        config = self.model.config
+        sequence = inputs["input_ids"][0].tolist()
+        layouts: list[families.ImageLayout] = []
+        try:
+            layouts = families.image_layouts(
+                config,
+                inputs,
+                0,
+                image_sizes=[(picture.height, picture.width) for picture in pictures],
+                image_processor=self.processor.image_processor,
+            )
+            columns = families.prompt_columns(config, inputs, 0, len(sequence)).tolist()
+            regions = [layout.box for layout in layouts]
+        except UnknownFamilyError as error:
+            notes.append(f"There is no image map: {error}")
+            image_token = _image_token(config)
+            columns = [column for column, token in enumerate(sequence) if token != image_token]
+            regions = [(0.0, 0.0, 1.0, 1.0)] * len(pictures)
+        pieces = self._pieces([sequence[column] for column in columns])
+        inside = _find_question(pieces, question)
+        return _Reading(
+            prompt_length=len(sequence),
+            layouts=layouts,
+            images=[
+                ExplainedImage(p, (r[0] * p.width, r[1] * p.height, r[2] * p.width, r[3] * p.height))
+                for p, r in zip(pictures, regions, strict=True)
+            ],
+            prompt_tokens=[
+                PromptToken(piece, sequence[column], column, index in inside)
+                for index, (piece, column) in enumerate(zip(pieces, columns, strict=True))
+            ],
+        )
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Where things stand in the prompt, and how a relevancy row is split among them."""
+
+    prompt_length: int
+    layouts: list[families.ImageLayout]
+    images: list[ExplainedImage]
+    prompt_tokens: list[PromptToken]
+
+    def tokens(
+        self, result: RelevancyRows, pieces: Sequence[str], token_ids: Sequence[int], positions: Sequence[int]
+    ) -> list[TokenExplanation]:
+        """One TokenExplanation per row of `result`."""
+        columns = [token.position for token in self.prompt_tokens]
+        question = [token.position for token in self.prompt_tokens if token.in_question]
+        template = [token.position for token in self.prompt_tokens if not token.in_question]
+        image = sorted(set(range(self.prompt_length)) - set(columns))
+        rows = result.rows.detach().float().cpu()  # (N, S)
+        logits, probabilities = result.logits.tolist(), result.probabilities.tolist()
+        explained = []
+        for index, (row, position) in enumerate(zip(rows, positions, strict=True)):
+            others = row.clone()
+            others[position - 1] = 0.0  # the query row's own entry says nothing about the inputs
+            explained.append(
+                TokenExplanation(
+                    text=pieces[index],
+                    token_id=token_ids[index],
+                    position=position,
+                    probability=probabilities[index],
+                    logit=logits[index],
+                    image_maps=[layout.read(row).numpy() for layout in self.layouts],
+                    prompt_scores=row[columns].numpy(),
+                    shares={
+                        "image": float(others[image].sum()),
+                        "question": float(others[question].sum()),
+                        "template": float(others[template].sum()),
+                        "answer": float(others[self.prompt_length : position].sum()),
+                    },
+                )
+            )
+        return explained
+
+
+def _find_question(pieces: Sequence[str], question: str) -> set[int]:
+    """Indices of the pieces that spell the question; white space and case aside, since tokenizers change both."""
+    spelled: list[tuple[str, int]] = [
+        (letter, index) for index, piece in enumerate(pieces) for letter in piece.casefold() if not letter.isspace()
+    ]
+    wanted = "".join(question.casefold().split())
+    start = "".join(letter for letter, _ in spelled).rfind(wanted)
+    if start < 0:
+        # Unknown words or normalisation: all of the prompt's text is shown rather than none.
+        return set(range(len(pieces)))
+    return {index for _, index in spelled[start : start + len(wanted)]}
+
+
+def _image_token(config: Any) -> int | None:
+    """Id of the token that stands for image features, None where the configuration does not say."""
+    try:
+        names: tuple[str, ...] = (families.find(config).image_token,)
+    except UnknownFamilyError:
+        names = ("image_token_id", "image_token_index")
+    found = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+    return None if found is None else int(found)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, each module's own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Peak:
+    """Bytes that were allocated at the most, beyond those at the start; None where that cannot be read."""
+
+    bytes: int | None = None
+
+
+@contextlib.contextmanager
+def _peak_memory(device: torch.device) -> Iterator[_Peak]:
+    peak = _Peak()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        torch.cuda.synchronize(device)
+        peak.bytes = torch.cuda.max_memory_allocated(device) - before
+        return
+    statistics = Path("/proc/self/statm")
+    if device.type != "cpu" or not statistics.exists():
+        yield peak
+        return
+    # Resident memory, sampled: the only reading on a CPU that needs no allocator of our own and resets no counter that
+    # others may be using. Heap that is free already would hide the first megabytes, so it is handed back before.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    stop = threading.Event()
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def resident() -> int:
+        return int(statistics.read_text().split()[1]) * page
+
+    before = most = resident()
+
+    def watch() -> None:
+        nonlocal most
+        while not stop.wait(0.002):
+            most = max(most, resident())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        watcher.join()
+    peak.bytes = max(most, resident()) - before
+
+
+def _check_finite(result: RelevancyRows) -> None:
+    if not bool(torch.isfinite(result.logits).all() and torch.isfinite(result.rows).all()):
+        raise ArgumentError("model: logits or relevancy are NaN or infinite; check the weights and the dtype")
+
+
+def _fields(template: str) -> list[str]:
+    try:
+        return [f"{{{field}}}" for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise ArgumentError(f"prompt_template: {error}") from None
+
+
+def _model_name(model: Any) -> str:
+    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    folder = Path(name)
+    if folder.is_dir():
+        shipped = folder.resolve() == (Path(__file__).parent / "tiny" / "weights").resolve()
+        return "tiny LVLM (shipped)" if shipped else folder.resolve().name
+    return name
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in ("lvlm_fastxai", "torch", "transformers"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            from . import __version__
+
+            versions[name] = __version__
+    return {**versions, "python": platform.python_version()}

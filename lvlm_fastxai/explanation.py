@@ -1,0 +1,281 @@
+"""What an explanation holds, and how it is written down."""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import ArgumentError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL import Image
+
+__all__ = ["SCHEMA", "ExplainedImage", "Explanation", "PromptToken", "TokenExplanation", "prepare_directory"]
+
+SCHEMA = "lvlm-fastxai/explanation/1"
+
+CONFIDENCE_DEFINITION = "geometric mean of the probabilities of the answer's tokens"
+ANSWER_DEFINITION = "arithmetic mean of the raw values over the answer's tokens"
+
+
+@dataclass(frozen=True)
+class ExplainedImage:
+    """One picture and the part of it that the model's patch grid covers.
+
+    Attributes:
+        picture: the RGB picture as it was given.
+        region: (left, top, right, bottom) in pixels of `picture`, where `image_map` lies. A processor that crops to a
+            centred square covers less than the picture, one that pads to a square covers more (negative corners).
+    """
+
+    picture: Image.Image
+    region: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class PromptToken:
+    """One text token of the prompt: text, id, position in the sequence, and whether it belongs to the question."""
+
+    text: str
+    token_id: int
+    position: int
+    in_question: bool
+
+
+@dataclass(frozen=True)
+class TokenExplanation:
+    """Relevancy of everything before one answer token.
+
+    Attributes:
+        text: the token's text; joined over all tokens it gives `Explanation.answer`, but for white space at both ends.
+        token_id: index in the vocabulary.
+        position: where the token stands in prompt + answer. The explained logit stands at `position - 1`.
+        probability: softmax of the raw logits at that row (temperature 1, no logits processor).
+        logit: the explained scalar.
+        image_maps: one (h, w) fp32 map per image on the model's patch grid, raw relevancy; empty for an unknown family.
+        prompt_scores: (P,) fp32 raw relevancy, one per text token of the prompt, in the order of
+            `Explanation.prompt_tokens`.
+        shares: where the raw relevancy of the row lies, self entry left out: sums over "image", "question", "template"
+            (the rest of the prompt's text) and "answer" (the answer's earlier tokens).
+    """
+
+    text: str
+    token_id: int
+    position: int
+    probability: float
+    logit: float
+    image_maps: list[NDArray[np.float32]]
+    prompt_scores: NDArray[np.float32]
+    shares: dict[str, float]
+
+    @property
+    def image_map(self) -> NDArray[np.float32]:
+        """The first image's (h, w) map."""
+        return _first(self.image_maps)
+
+
+@dataclass
+class Explanation:
+    """An answer with the relevancy of every token of it.
+
+    All maps and scores are raw relevancy (fp32, no unit, not normalised, never negative for `chefer`): values of tokens
+    with different logits can be compared within one token, and only with care between tokens.
+
+    Attributes:
+        question, answer: the texts.
+        tokens: one `TokenExplanation` per answer token, special tokens left out.
+        prompt_tokens: the prompt's text tokens, aligned with every `prompt_scores`.
+        images: the pictures with the rectangle that the maps cover.
+        method, memory, row_tolerance: how it was computed.
+        backend: which implementation of the kernel ran.
+        seconds: wall time of the parts, {"generate": …, "explain": …}.
+        peak_bytes: peak memory of the explanation beyond the model itself, as far as it could be measured, else None.
+        model_name, model_class, device, dtype: what was explained.
+        sequence_length, prompt_length: positions in prompt + answer, and in the prompt.
+        versions: of this package, torch, transformers and Python.
+        command: a command line that computes it again; empty if called from Python.
+        notes: what the reader must know (for example why there is no image map).
+
+    Example:
+        >>> import lvlm_fastxai as fx
+        >>> from lvlm_fastxai.tiny import example_image
+        >>> explanation = fx.Explainer(*fx.load_tiny_lvlm())(example_image(), "how many objects are there?")
+        >>> explanation.image_map.shape == explanation.tokens[0].image_map.shape
+        True
+    """
+
+    question: str
+    answer: str
+    tokens: list[TokenExplanation]
+    prompt_tokens: list[PromptToken]
+    images: list[ExplainedImage]
+    method: str
+    memory: str
+    row_tolerance: float
+    backend: str
+    seconds: dict[str, float]
+    peak_bytes: int | None
+    model_name: str
+    model_class: str
+    device: str
+    dtype: str
+    sequence_length: int
+    prompt_length: int
+    versions: dict[str, str]
+    command: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def image_maps(self) -> list[NDArray[np.float32]]:
+        """One (h, w) fp32 map per image for the whole answer: the mean of its tokens' raw maps."""
+        return [
+            np.mean(maps, axis=0, dtype=np.float32) for maps in zip(*(t.image_maps for t in self.tokens), strict=True)
+        ]
+
+    @property
+    def image_map(self) -> NDArray[np.float32]:
+        """The first image's map for the whole answer, (h, w) fp32. ArgumentError if the family has no known grid."""
+        return _first(self.image_maps)
+
+    @property
+    def prompt_scores(self) -> NDArray[np.float32]:
+        """(P,) fp32: the mean over the answer's tokens of their raw scores on the prompt's text tokens."""
+        return np.mean([t.prompt_scores for t in self.tokens], axis=0, dtype=np.float32)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Mean over the answer's tokens of `TokenExplanation.shares`."""
+        return {part: float(np.mean([t.shares[part] for t in self.tokens])) for part in self.tokens[0].shares}
+
+    @property
+    def confidence(self) -> float:
+        """Geometric mean of the tokens' probabilities, in 0 … 1. It says how sure the model was, not how right."""
+        probabilities = np.array([t.probability for t in self.tokens], dtype=np.float64)
+        return float(np.exp(np.log(np.maximum(probabilities, 1e-300)).mean()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the pictures as plain lists, numbers and strings, ready for `json.dump`."""
+        return {
+            "schema": SCHEMA,
+            "question": self.question,
+            "answer": self.answer,
+            "confidence": self.confidence,
+            "confidence_definition": CONFIDENCE_DEFINITION,
+            "method": self.method,
+            "memory": self.memory,
+            "row_tolerance": self.row_tolerance,
+            "backend": self.backend,
+            "seconds": self.seconds,
+            "peak_bytes": self.peak_bytes,
+            "model": {
+                "name": self.model_name,
+                "class": self.model_class,
+                "device": self.device,
+                "dtype": self.dtype,
+            },
+            "sequence_length": self.sequence_length,
+            "prompt_length": self.prompt_length,
+            "versions": self.versions,
+            "command": self.command,
+            "notes": self.notes,
+            "images": [
+                {"width": i.picture.width, "height": i.picture.height, "region": list(i.region)} for i in self.images
+            ],
+            "prompt_tokens": [
+                {"text": t.text, "token_id": t.token_id, "position": t.position, "in_question": t.in_question}
+                for t in self.prompt_tokens
+            ],
+            "answer_definition": ANSWER_DEFINITION,
+            "image_maps": [_plain(m) for m in self.image_maps],
+            "prompt_scores": _plain(self.prompt_scores),
+            "shares": self.shares,
+            "tokens": [
+                {
+                    "text": t.text,
+                    "token_id": t.token_id,
+                    "position": t.position,
+                    "probability": t.probability,
+                    "logit": t.logit,
+                    "image_maps": [_plain(m) for m in t.image_maps],
+                    "prompt_scores": _plain(t.prompt_scores),
+                    "shares": t.shares,
+                }
+                for t in self.tokens
+            ],
+        }
+
+    def save(self, directory: str | Path) -> dict[str, Path]:
+        """Write `report.html`, `explanation.json`, and overlay pictures for the answer and every token.
+
+        Args:
+            directory: created if absent; files of the same names are replaced.
+
+        Returns:
+            {"report": …, "json": …, "answer": …, "tokens": directory of the tokens' pictures}.
+
+        Raises:
+            ArgumentError: the directory cannot be written.
+
+        Example:
+            >>> explanation.save("out")["report"]                              # doctest: +SKIP
+            PosixPath('out/report.html')
+        """
+        from . import report
+
+        folder = prepare_directory(directory)
+        paths = {"report": folder / "report.html", "json": folder / "explanation.json"}
+        paths["json"].write_text(json.dumps(self.to_dict(), ensure_ascii=False) + "\n", encoding="utf-8")
+        paths["report"].write_text(report.render_html(self), encoding="utf-8")
+        paths.update(report.write_overlays(self, folder))
+        return paths
+
+    def _repr_html_(self) -> str:
+        from . import report
+
+        # A frame of its own: the report's style, script and content policy must not meet the notebook's.
+        document = html.escape(report.render_html(self), quote=True)
+        return (
+            f'<iframe srcdoc="{document}" sandbox="allow-scripts" title="Relevancy report" '
+            'style="width:100%;height:760px;border:0"></iframe>'
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Explanation(answer={self.answer!r}, confidence={self.confidence:.3f}, tokens={len(self.tokens)}, "
+            f"method={self.method!r}, seconds={sum(self.seconds.values()):.3f})"
+        )
+
+
+def prepare_directory(directory: str | Path) -> Path:
+    """Create `directory` and prove that a file can be written in it; ArgumentError if not."""
+    folder = Path(directory)
+    probe = folder / ".lvlm-fastxai-write-test"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ArgumentError(
+            f"cannot write in the output folder '{folder}': {reason}; name a folder that can be created and written"
+        ) from error
+    return folder
+
+
+def _first(maps: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    if not maps:
+        raise ArgumentError("there is no image map: the model's family has no known patch grid (see .notes)")
+    return maps[0]
+
+
+def _plain(array: NDArray[np.float32]) -> Any:
+    """Nested lists whose numbers are the shortest decimals that read back as the same fp32 value."""
+    if array.ndim > 1:
+        return [_plain(part) for part in array]
+    return [float(str(value)) for value in array.astype(np.float32)]
