@@ -66,10 +66,10 @@ class CMakeBuild(build_ext):
         reason = reason_for_pure_python(torch)
         if reason is not None:
             rule = "*" * 100
-            self.announce(
-                f"\n{rule}\nlvlm_fastxai is built WITHOUT its native kernels: {reason}.\n"
-                f"Everything works, slowly, on the dense reference.\n{rule}\n",
-                level=5,
+            print(
+                f"{rule}\nlvlm_fastxai is built WITHOUT its native kernels: {reason}.\n"
+                f"Everything works, slowly, on the dense reference.\n{rule}",
+                file=sys.stderr,
             )
             return
         cmake = shutil.which("cmake")
@@ -95,7 +95,7 @@ class CMakeBuild(build_ext):
         for command in (
             configure,
             [cmake, "--build", str(build)],
-            [cmake, "--install", str(build), "--prefix", str(target)],
+            [cmake, "--install", str(build), "--prefix", str(target), "--strip"],
         ):
             try:
                 subprocess.run(command, check=True)
