@@ -99,12 +99,12 @@ def gradients(logits: Tensor, kept: Sequence[Kept], target: Target, temperature:
     return [gradient[sample] for gradient in found]
 
 
-def _relevance(kept: Sequence[Kept], dense: Sequence[Tensor], sample: int) -> list[Tensor]:
+def relevance(kept: Sequence[Kept], dense: Sequence[Tensor], sample: int) -> list[Tensor]:
     """Ā = mean over heads of max(0, dP ∘ P), (S,S) per layer."""
     return [(g * layer.probabilities[sample]).clamp(min=0).mean(0) for g, layer in zip(dense, kept, strict=True)]
 
 
-def _product(layers: Sequence[Tensor]) -> Tensor:
+def product(layers: Sequence[Tensor]) -> Tensor:
     """R = (I + Ā_L) … (I + Ā_1)."""
     identity = torch.eye(layers[0].shape[-1], dtype=layers[0].dtype)
     relevancy = identity
@@ -119,7 +119,7 @@ def chefer_rows(
     """(N, S) rows R[q*, :], in the model's dtype."""
     logits, kept = forward(model, inputs)
     rows = [
-        _product(_relevance(kept, gradients(logits, kept, target, temperature), target[0]))[target[1]]
+        product(relevance(kept, gradients(logits, kept, target, temperature), target[0]))[target[1]]
         for target in targets
     ]
     return torch.stack(rows).detach()
@@ -135,16 +135,16 @@ def lvlm_interpret_rows(
     for sample, query_row, token in targets:
         start = prompt_length if isinstance(prompt_length, int) else prompt_length[sample]
 
-        def relevance(row: int, own: tuple[int, int, int] = (sample, query_row, token)) -> list[Tensor]:
+        def of_row(row: int, own: Target = (sample, query_row, token)) -> list[Tensor]:
             target = own if row == own[1] else (own[0], row, int(ids[own[0], row + 1]))
-            return _relevance(kept, gradients(logits, kept, target), own[0])
+            return relevance(kept, gradients(logits, kept, target), own[0])
 
-        first = relevance(start - 1)
+        first = of_row(start - 1)
         mixed = [layer.clone() for layer in first]
         for row in range(start, query_row + 1):
-            for layer, fresh in zip(mixed, relevance(row), strict=True):
+            for layer, fresh in zip(mixed, of_row(row), strict=True):
                 layer[row] = fresh[row]
-        rows.append(post_steps(_product(mixed)[query_row], query_row))
+        rows.append(post_steps(product(mixed)[query_row], query_row))
     return torch.stack(rows).detach()
 
 
