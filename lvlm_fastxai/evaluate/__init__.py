@@ -1,0 +1,191 @@
+"""``lvlm-fastxai evaluate``: are the maps right? Scores them against pixels that are known to decide the answer.
+
+Importing this module loads neither torch nor a model; `add_arguments` and `run` are the command line's half, `evaluate`
+the one for Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArgumentError
+
+if TYPE_CHECKING:
+    from .evaluation import Evaluation, Settings, evaluate
+
+__all__ = ["Evaluation", "Settings", "add_arguments", "evaluate", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Evaluation", "Settings", "evaluate"):
+        from . import evaluation
+
+        return getattr(evaluation, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# Written out, since the modules that know them load torch.
+METHODS = ("chefer", "lvlm_interpret", "raw_attention", "gradient_input", "chefer_untrained", "random")
+SCENES, CURVES = 100, 100
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``lvlm-fastxai evaluate``."""
+    add = parser.add_argument
+    add("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the shipped LVLM)")
+    add("--scenes", type=int, default=SCENES, metavar="N", help="held-out scenes (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="picks the scenes (default: %(default)s)")
+    add("--methods", default=",".join(METHODS), metavar="A,B", help=f"some of {', '.join(METHODS)} (default: all)")
+    curves_help = "questions that get deletion and insertion curves (default: %(default)s)"
+    add("--curves", type=int, default=CURVES, metavar="N", help=curves_help)
+    add("--fill", default="mean", help="what replaces a cell there: mean (colour of the picture, default) or blur")
+    add("--out", type=Path, default=Path("out/evaluation"), metavar="DIR", help="output folder (default: %(default)s)")
+    add("--document", type=Path, metavar="FILE", help="also rewrite the figures in a Markdown file, and its plot")
+    add("--json", action="store_true", help="print the result as JSON instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, print the tables and write evaluation.json, evaluation.csv and, with matplotlib, evaluation.png.
+
+    Args:
+        args: as parsed by `add_arguments`.
+
+    Returns:
+        0.
+
+    Raises:
+        FastXAIError: bad input, the message says what to do.
+    """
+    import torch
+
+    from ..explanation import prepare_directory
+    from . import output, plot
+    from .evaluation import Settings, evaluate
+
+    methods = tuple(name.strip() for name in args.methods.split(",") if name.strip())
+    settings = Settings(args.scenes, args.seed, methods, args.curves, args.fill)
+    folder = prepare_directory(args.out)
+    if args.document is not None:
+        output.check_document(args.document)  # before minutes of work, not after
+    model, processor, source = load(args.model)
+    say(
+        f"{settings.scenes} held-out scenes, up to ten questions each; maps by {', '.join(settings.methods)}; "
+        f"deletion and insertion for {settings.curves} of the questions that are answered right"
+    )
+    with _Bar() as bar:
+        evaluation = evaluate(model, processor, settings, progress=bar)
+    import transformers
+
+    from .. import __version__
+
+    result = evaluation.to_dict() | {
+        "command": command(settings, args.model),
+        "model": {
+            "name": "the shipped LVLM" if args.model is None else source.resolve().name,
+            "class": type(model).__name__,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "fingerprint": fingerprint(source),
+            "device": str(model.device),
+        },
+        "versions": {"lvlm_fastxai": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "threads": torch.get_num_threads(),
+    }
+    output.write_json(folder / "evaluation.json", result)
+    output.write_csv(folder / "evaluation.csv", evaluation)
+    written = ["evaluation.json", "evaluation.csv"]
+    if plot.available():
+        plot.draw(result, folder / "evaluation.png")
+        written.append("evaluation.png")
+        if args.document is not None:
+            plot.draw(result, args.document.with_suffix(".png"))
+    else:
+        say("no plot: matplotlib is not installed (pip install matplotlib)")
+    if args.document is not None:
+        output.update_document(args.document, result)
+        written.append(str(args.document))
+    print(json.dumps(result, ensure_ascii=False) if args.json else "\n\n".join(t.text() for t in output.tables(result)))
+    say(f"written to {folder}: {', '.join(written)} ({sum(evaluation.seconds.values()):.0f} s)")
+    return 0
+
+
+def load(folder: Path | None) -> tuple[Any, Any, Path]:
+    """Model, processor and the folder they come from; the shipped LVLM when ``folder`` is None.
+
+    Raises:
+        ArgumentError: there is no checkpoint, or it cannot be loaded.
+    """
+    import transformers
+
+    from ..picture import one_line
+    from ..tiny import WEIGHTS, load_tiny_lvlm
+
+    # Advice about optional packages would stand among our own lines.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    source = WEIGHTS if folder is None else folder
+    if not (source / "config.json").is_file():
+        raise ArgumentError(f"--model: '{source}' is no folder of a transformers checkpoint: it holds no config.json")
+    try:
+        if folder is None:
+            return (*load_tiny_lvlm(), source)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(source, local_files_only=True)
+        return model.eval(), transformers.AutoProcessor.from_pretrained(source, local_files_only=True), source
+    # transformers, safetensors and tokenizers raise what they like on damaged or missing files.
+    except Exception as error:
+        raise ArgumentError(f"--model: cannot load '{source}': {one_line(error)}") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """First twelve hexadecimal digits of the SHA-256 of the folder's weight files; "" if it has none."""
+    files = sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12] if files else ""
+
+
+def command(settings: Settings, model: Path | None) -> str:
+    """The command line that computes the figures again."""
+    options = [
+        *(("--model", model.name) if model is not None else ()),
+        *("--scenes", settings.scenes, "--seed", settings.seed, "--curves", settings.curves),
+        *(("--methods", ",".join(settings.methods)) if settings.methods != METHODS else ()),
+        *(("--fill", settings.fill) if settings.fill != "mean" else ()),
+    ]
+    return " ".join(["lvlm-fastxai evaluate", *map(str, options)])
+
+
+def say(message: str) -> None:
+    """A line on stderr: stdout belongs to the result."""
+    print(message, file=sys.stderr)
+
+
+class _Bar:
+    """One progress bar on stderr per stage."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._bar: Any = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if stage != self._stage:
+            self._close()
+            self._stage, self._bar = stage, tqdm(total=total, desc=stage, unit="question", file=sys.stderr)
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
