@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -30,9 +32,9 @@ from .errors import ArgumentError, UnsupportedModelError
 MEMORY_MODES = ("fast", "lean", "min")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LayerStep:
-    """One layer on the way down.
+    """One layer on the way down; its tensors are let go when the next step is asked for.
 
     query (B,H,Sq,d) · key, value (B,Hkv,Sk,d) · logsumexp (B,H,Sq) · key_ranges (B,Sq,2) int32 · scale ·
     grad_output (B,N,H,Sq,d): dO of each slot of targets (or what ``collect`` made of them).
@@ -47,6 +49,10 @@ class LayerStep:
     scale: float
     grad_output: Tensor
 
+    def _release(self) -> None:
+        # A loop variable keeps the step alive while the next layer is recomputed: 13 % of lean mode's peak.
+        self.query = self.key = self.value = self.logsumexp = self.grad_output = torch.empty(0)
+
 
 @dataclass(slots=True)
 class _Layer:
@@ -57,8 +63,8 @@ class _Layer:
     kwargs: dict[str, Any]
     input: Any  # leaf (B, S, D), or the ticket of an offloaded one
     bridge: Tensor | None = None  # the input before it was made a leaf, where the model changed it between layers
-    output: Tensor | None = None  # (B, S, D) with the layer's graph; kept in fast mode only
-    output_leaf: Tensor | None = None
+    graph: Any = None  # the gradient edge of its output, which holds the layer's graph; kept in fast mode only
+    boundary: Any = None  # the gradient edge at which the graph above this layer ends
     tape: LayerTape = field(default_factory=LayerTape)
 
 
@@ -74,7 +80,7 @@ class Sweep:
     Attributes:
         logits: (B, R, V) at ``query_rows``, in the model's dtype.
         input_gradients: after a descent, one (B, S, D) gradient at the first layer's input per slot.
-        first_input: (B, S, D) the first layer's input (the merged embeddings).
+        first_input: (B, S, D) the first layer's input (the merged embeddings), after the descent.
 
     Raises:
         UnsupportedModelError: the model has no decoder layers that can be found, or they never call the registered
@@ -92,10 +98,13 @@ class Sweep:
         self._layers: list[_Layer] = []
         self._resources = contextlib.ExitStack()
         self._store = _Store()
+        self._anchor = torch.empty(0, requires_grad=True)
+        self._last_output: Tensor | None = None
         self.logits: Tensor
         self.input_gradients: list[Tensor] = []
+        self.first_input: Tensor
 
-    def __enter__(self) -> Sweep:
+    def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             stack.enter_context(prepared(self.model, self._decoder))
             stack.enter_context(self._store)
@@ -117,14 +126,10 @@ class Sweep:
     def hidden_size(self) -> int:
         return self._decoder.config.get_text_config().hidden_size  # type: ignore[union-attr]
 
-    @property
-    def first_input(self) -> Tensor:
-        return self._store.get(self._layers[0].input)
-
     def top_layer(self) -> LayerTape:
         """The last layer's tape without a backward (``grad_output`` is None)."""
         layer = self._layers[-1]
-        if layer.output is None:
+        if layer.graph is None:
             self._recompute(layer)
         return layer.tape
 
@@ -151,24 +156,22 @@ class Sweep:
         self.input_gradients = []
         for index in range(top, -1, -1):
             layer = self._layers[index]
-            leaf = self._recompute(layer) if layer.output is None else layer.input
-            output, tape = layer.output, layer.tape
-            assert output is not None
-            if not output.requires_grad:
-                raise UnsupportedModelError(f"decoder layer {index}: its output does not depend on its input")
+            leaf = self._recompute(layer) if layer.graph is None else layer.input
+            graph, tape = layer.graph, layer.tape
             collected = []
             for number in range(len(slots)):
                 last = not keep and number + 1 == len(slots)
                 gradient = gradients[number].pop(index, None)
                 if gradient is None:
-                    gradient = torch.zeros_like(output)
+                    gradient = torch.zeros_like(leaf)
                 tape.grad_output = None
-                (gradient,) = torch.autograd.grad(output, leaf, gradient, retain_graph=not last)
+                (gradient,) = torch.autograd.grad(graph, leaf, gradient, retain_graph=not last)
                 if tape.grad_output is None:
                     raise UnsupportedModelError(f"decoder layer {index}: no gradient reaches its attention")
                 collected.append(tape.grad_output)
                 if index == 0:
                     self.input_gradients.append(gradient)
+                    self.first_input = leaf.detach()
                 elif layer.bridge is None:
                     _accumulate(gradients[number], index - 1, gradient)
                 else:
@@ -182,21 +185,23 @@ class Sweep:
                 tape.logsumexp,  # type: ignore[arg-type]
                 tape.key_ranges,  # type: ignore[arg-type]
                 tape.scale,
-                torch.stack(collected, dim=1) if collect is None else collect(index, collected),
+                _stack(collected) if collect is None else collect(index, collected),
             )
             collected.clear()
             tape.grad_output = None
             if not keep or self.memory != "fast":
-                layer.output, layer.tape = None, LayerTape()
-            del output, tape, leaf
+                layer.graph, layer.tape = None, LayerTape()
+            if not keep:
+                layer.input = layer.bridge = None
+            del graph, tape, leaf
             yield step
-            del step
+            step._release()
 
     def _pull(
         self, tensor: Tensor, gradient: Tensor | None, below: int, into: dict[int, Tensor], *, keep: bool
     ) -> None:
         """Differentiate ``tensor`` with respect to every layer output it was made from."""
-        sources = [layer.output_leaf for layer in self._layers[: below + 1]]
+        sources = [layer.boundary for layer in self._layers[: below + 1]]
         found = torch.autograd.grad(tensor, sources, gradient, retain_graph=keep, allow_unused=True)  # type: ignore[arg-type]
         for index, part in enumerate(found):
             if part is not None:
@@ -223,6 +228,7 @@ class Sweep:
             accepted = inspect.signature(self.model.forward).parameters
             extra = {"use_cache": False} if "use_cache" in accepted or "kwargs" in accepted else {}
             self.logits = self.model(**{**self._inputs, **extra}, return_dict=True).logits
+            self._last_output = None
         if len(self._layers) != len(self._modules):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} ran {len(self._layers)} of its {len(self._modules)} decoder layers"
@@ -231,11 +237,11 @@ class Sweep:
     def _enter_layer(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         name = None if args else "hidden_states"
         hidden = args[0] if name is None else kwargs[name]
-        before = self._layers[-1].output_leaf if self._layers else None
         leaf = hidden.detach().requires_grad_()
         layer = _Layer(module, args[1:], {k: v for k, v in kwargs.items() if k != name}, leaf)
-        if before is not None and hidden is not before:
+        if self._layers and hidden is not self._last_output:
             layer.bridge = hidden
+        self._last_output = None
         self._layers.append(layer)
         if self.memory == "fast":
             current_tape.set(layer.tape)
@@ -251,10 +257,11 @@ class Sweep:
         layer = self._layers[-1]
         hidden = output[0] if isinstance(output, tuple) else output
         if self.memory == "fast":
-            layer.output = hidden
+            layer.graph = torch.autograd.graph.get_gradient_edge(hidden)
             self._check_tape(layer)
-        layer.output_leaf = hidden.detach().requires_grad_()
-        return (layer.output_leaf, *output[1:]) if isinstance(output, tuple) else layer.output_leaf
+        self._last_output = _Boundary.apply(self._anchor, hidden.detach())
+        layer.boundary = torch.autograd.graph.get_gradient_edge(self._last_output)
+        return (self._last_output, *output[1:]) if isinstance(output, tuple) else self._last_output
 
     def _recompute(self, layer: _Layer) -> Tensor:
         """Run one layer again with its graph; returns the leaf its input was."""
@@ -265,8 +272,8 @@ class Sweep:
             output = layer.module(leaf, *layer.args, **layer.kwargs)
         finally:
             current_tape.reset(token)
-        layer.output = output[0] if isinstance(output, tuple) else output
         self._check_tape(layer)
+        layer.graph = torch.autograd.graph.get_gradient_edge(output[0] if isinstance(output, tuple) else output)
         return leaf
 
     def _check_tape(self, layer: _Layer) -> None:
@@ -278,8 +285,24 @@ class Sweep:
             )
 
 
+def _stack(grad_outputs: list[Tensor]) -> Tensor:
+    return grad_outputs[0][:, None] if len(grad_outputs) == 1 else torch.stack(grad_outputs, dim=1)
+
+
 def _accumulate(gradients: dict[int, Tensor], index: int, gradient: Tensor) -> None:
     gradients[index] = gradients[index] + gradient if index in gradients else gradient
+
+
+class _Boundary(torch.autograd.Function):
+    """Starts a graph of its own without holding on to any tensor, as a leaf would."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, hidden: Tensor) -> Tensor:  # type: ignore[override]
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        return None, None
 
 
 class _Store:
@@ -289,7 +312,7 @@ class _Store:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._count = 0
 
-    def __enter__(self) -> _Store:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks --help`` for whole explanations and operators, pytest-benchmark for the rest."""

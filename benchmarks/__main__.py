@@ -1,0 +1,26 @@
+"""``python -m benchmarks end-to-end|op``: every figure is a ratio in one run, with the machine and the commit."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+SUITES = {
+    "end-to-end": ("benchmarks.end_to_end", "whole explanations against eager, forward + backward, and forward"),
+    "op": ("benchmarks.op", "relevancy_product against its dense twin and this machine's matrix-product rate"),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="suite", required=True)
+    for name, (module, text) in SUITES.items():
+        suite = commands.add_parser(name, help=text, description=importlib.import_module(module).__doc__)
+        importlib.import_module(module).add_arguments(suite)
+    args = parser.parse_args()
+    return importlib.import_module(SUITES[args.suite][0]).main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

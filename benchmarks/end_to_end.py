@@ -1,0 +1,234 @@
+"""Whole explanations: ours against eager relevancy, the bare forward + backward, and the plain forward.
+
+Time: every variant once per round, all in one process, ratios taken within a round, medians over the rounds.
+Memory: every variant in a process of its own, peak resident memory above what the loaded model takes.
+
+Predictions, written before the first run (decoder 8 x 1024, 16 heads, S = 704, fp32, one target): a layer's matrix
+products are 18 GFLOP each way, its attention 1.0 forward and 2.5 backward, the relevancy product 1.0. So fast mode
+should cost 1.03x of forward + backward, and lean mode, which runs the forward twice, 1.5x. Memory: fast 1.0x of theirs;
+lean one layer's activations of eight and eight layer inputs, 18 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import machine
+
+OOM = "out of memory"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A decoder and a sequence; the prompt is given as embeddings, as a vision tower's output would be."""
+
+    layers: int
+    width: int
+    heads: int
+    key_heads: int
+    intermediate: int
+    columns: int
+    targets: int = 1
+    dtype: str = "float32"
+
+
+CASES = {
+    # The shape of the acceptance test: an eight-layer decoder at LLaVA-1.5's 576 image tokens + 128 of text.
+    "decoder-704": Case(8, 1024, 16, 16, 2816, 704),
+    "decoder-4096": Case(8, 1024, 16, 16, 2816, 4096),
+    "decoder-704-16-targets": Case(8, 1024, 16, 16, 2816, 704, targets=16),
+    # SmolLM2-135M's decoder (the language model of SmolVLM-256M) at 1024 columns.
+    "smollm2-135m-1024": Case(30, 576, 9, 3, 1536, 1024),
+}
+VARIANTS = ("forward", "forward_backward", "fast", "lean", "min", "eager")
+
+
+def build(case: Case, device: str) -> tuple[Any, dict[str, Any], list[tuple[int, int, int]]]:
+    """A random Llama of the case's shape, its inputs and the explained logits."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=case.width,
+        intermediate_size=case.intermediate,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.heads,
+        num_key_value_heads=case.key_heads,
+        max_position_embeddings=max(8192, case.columns),
+    )
+    model = LlamaForCausalLM(config).to(device=device, dtype=getattr(torch, case.dtype)).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    embeddings = torch.randn(1, case.columns, case.width, device=device, dtype=getattr(torch, case.dtype))
+    rows = [case.columns - 1 - index for index in range(case.targets)]
+    return model, {"inputs_embeds": embeddings}, [(0, row, 7 + row) for row in rows]
+
+
+def work(variant: str, model: Any, inputs: dict[str, Any], targets: list[tuple[int, int, int]]) -> Callable[[], object]:
+    """The call that is measured."""
+    import torch
+
+    import lvlm_fastxai as fx
+
+    embeddings = inputs["inputs_embeds"]
+    rows = torch.tensor([row for _, row, _ in targets], device=embeddings.device)
+
+    def forward() -> Any:
+        model.set_attn_implementation("sdpa")
+        with torch.no_grad():
+            return model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=rows).logits
+
+    def forward_backward() -> Any:
+        model.set_attn_implementation("sdpa")
+        leaf = embeddings.detach().requires_grad_()
+        logits = model(inputs_embeds=leaf, use_cache=False, logits_to_keep=rows).logits.float()
+        last = len(targets) - 1
+        for index, (_, _, token) in enumerate(targets):
+            (gradient,) = torch.autograd.grad(logits[0, index, token], leaf, retain_graph=index < last)
+        return gradient
+
+    def eager() -> Any:
+        model.set_attn_implementation("eager")
+        leaf = embeddings.detach().requires_grad_()
+        output = model(inputs_embeds=leaf, use_cache=False, output_attentions=True)
+        found = []
+        for _, row, token in targets:
+            gradients = torch.autograd.grad(output.logits[0, row, token].float(), output.attentions, retain_graph=True)
+            relevancy = torch.eye(embeddings.shape[1], device=embeddings.device)
+            for attention, gradient in zip(output.attentions, gradients, strict=True):
+                relevancy = relevancy + (attention * gradient)[0].clamp(min=0).mean(0).float() @ relevancy
+            found.append(relevancy[row])
+        return found
+
+    def ours() -> Any:
+        return fx.relevancy_rows(model, inputs, targets, memory=variant)
+
+    return {"forward": forward, "forward_backward": forward_backward, "eager": eager}.get(variant, ours)
+
+
+def measure_time(case: Case, variants: list[str], rounds: int, device: str) -> dict[str, dict[str, float]]:
+    """Median seconds, and the median over rounds of the ratio to forward + backward in the same round."""
+    model, inputs, targets = build(case, device)
+    calls = {variant: work(variant, model, inputs, targets) for variant in variants}
+    for call in calls.values():
+        call()
+    taken: dict[str, list[float]] = {variant: [] for variant in variants}
+    for _ in range(rounds):
+        for variant, call in calls.items():
+            taken[variant].append(machine.seconds(call, device))
+    base = taken["forward_backward"]
+    return {
+        variant: {
+            "seconds": statistics.median(times),
+            "time_ratio": statistics.median(a / b for a, b in zip(times, base, strict=True)),
+            "time_ratio_min": min(a / b for a, b in zip(times, base, strict=True)),
+            "time_ratio_max": max(a / b for a, b in zip(times, base, strict=True)),
+        }
+        for variant, times in taken.items()
+    }
+
+
+def measure_memory(name: str, variant: str, device: str) -> int | str:
+    """Peak extra bytes of one variant in a fresh process, or ``OOM``."""
+    command = [sys.executable, "-m", "benchmarks.end_to_end", "--worker", name, variant, "--device", device]
+    environment = {**os.environ, **machine.MEMORY_ENVIRONMENT}
+    done = subprocess.run(command, cwd=machine.ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode == 0:
+        return int(done.stdout.split()[-1])
+    lost = done.stderr + done.stdout
+    if "can't allocate memory" in lost or "out of memory" in lost.lower() or "MemoryError" in lost:
+        return OOM
+    raise RuntimeError(f"{name}, {variant}: {done.stderr[-2000:]}")
+
+
+def _memory_worker(name: str, variant: str, device: str) -> int:
+    case = CASES[name]
+    model, inputs, targets = build(case, device)
+    if device == "cpu":
+        machine.limit_memory()
+    # The second run is measured: what libraries and thread pools keep for good is not part of an explanation.
+    work(variant, model, inputs, targets)()
+    return machine.peak_extra_bytes(work(variant, model, inputs, targets), device)
+
+
+def run(names: list[str], variants: list[str], rounds: int, device: str) -> dict[str, Any]:
+    """All figures of the named cases."""
+    results: dict[str, Any] = {}
+    for name in names:
+        case = CASES[name]
+        memory = {variant: measure_memory(name, variant, device) for variant in variants}
+        fits = [variant for variant in variants if memory[variant] != OOM]
+        times = measure_time(case, fits, rounds, device)
+        base = memory["forward_backward"]
+        results[name] = {
+            "case": case.__dict__ | {},
+            "variants": {
+                variant: {
+                    **times.get(variant, {"seconds": OOM}),
+                    "extra_bytes": memory[variant],
+                    "memory_ratio": memory[variant] / base if memory[variant] != OOM else OOM,  # type: ignore[operator]
+                }
+                for variant in variants
+            },
+        }
+        print(table(name, results[name]), flush=True)
+    return results
+
+
+def table(name: str, result: dict[str, Any]) -> str:
+    """One case as text: ratios to forward + activation-only backward."""
+    lines = [name, f"  {'variant':18}{'seconds':>10}{'x fwd+bwd':>11}{'extra MiB':>11}{'x fwd+bwd':>11}"]
+    for variant, figures in result["variants"].items():
+        if figures["extra_bytes"] == OOM:
+            lines.append(f"  {variant:18}{OOM:>10}")
+            continue
+        lines.append(
+            f"  {variant:18}{figures['seconds']:10.3f}{figures['time_ratio']:11.3f}"
+            f"{figures['extra_bytes'] / 2**20:11.1f}{figures['memory_ratio']:11.3f}"
+        )
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--case", action="append", choices=CASES, help="repeatable; default decoder-704")
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="repeatable; default all")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="results file (JSON)")
+
+
+def main(args: argparse.Namespace) -> int:
+    import torch
+
+    torch.set_num_threads(args.threads)
+    variants = args.variant or list(VARIANTS)
+    if "forward_backward" not in variants:
+        variants = ["forward_backward", *variants]
+    results = {
+        "machine": machine.describe(),
+        "results": run(args.case or ["decoder-704"], variants, args.rounds, args.device),
+    }
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    worker = argparse.ArgumentParser()
+    worker.add_argument("--worker", nargs=2, required=True)
+    worker.add_argument("--device", default="cpu")
+    given = worker.parse_args()
+    print(_memory_worker(*given.worker, given.device))
