@@ -278,7 +278,7 @@ class Explainer:
         return template.replace("{image}", str(marker) * pictures).replace("{question}", question), notes
 
     def _check_image_tokens(self, inputs: Mapping[str, Any], pictures: int) -> None:
-        token = _image_token(self.model.config)
+        token = _media_tokens(self.model.config)[0]
         if token is not None and not bool((inputs["input_ids"] == token).any()):
             raise ArgumentError(
                 f"the prompt holds no image token (id {token}) although {pictures} picture(s) came: the processor's "
@@ -293,6 +293,9 @@ class Explainer:
     def _generate(self, inputs: Mapping[str, Any], max_new_tokens: int, report: Progress) -> list[int]:
         prompt_length = inputs["input_ids"].shape[1]
 
+        # A model that writes an image marker would ask, in the teacher-forced pass, for a picture that is not there.
+        media = [token for token in _media_tokens(self.model.config) if token is not None]
+
         class Watch(LogitsProcessor):
             def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
                 # The largest of logits that hold a NaN is a token like any other: without this the answer is noise.
@@ -301,7 +304,8 @@ class Explainer:
                         "model: its logits are NaN; check the weights and the dtype (fp16 overflows, bf16 does not)"
                     )
                 report("generate", input_ids.shape[1] - prompt_length, max_new_tokens)
-                return scores
+                markers = torch.tensor(media, device=scores.device, dtype=torch.long)
+                return scores.index_fill(-1, markers, -torch.inf)
 
         report("generate", 0, max_new_tokens)
         with _evaluating(self.model), torch.no_grad():
@@ -360,9 +364,7 @@ class Explainer:
         """Name of the implementation that will run; BackendUnavailableError if the one asked for cannot."""
         if self.method == "raw_attention":
             return "torch (no kernel is needed)"
-        text = self.model.config.get_text_config()
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return _dispatch._select_name("relevancy_product", self.model.device, self.model.dtype, int(width))
+        return _dispatch._select_name("relevancy_product", self.model.device, self.model.dtype)
 
     def _reading(
         self, question: str, pictures: list[Image.Image], inputs: Mapping[str, Any], notes: list[str]
@@ -383,7 +385,7 @@ class Explainer:
             regions = [layout.box for layout in layouts]
         except UnknownFamilyError as error:
             notes.append(f"There is no image map: {error}")
-            image_token = _image_token(config)
+            image_token = _media_tokens(config)[0]
             columns = [column for column, token in enumerate(sequence) if token != image_token]
             regions = [(0.0, 0.0, 1.0, 1.0)] * len(pictures)
         pieces = self._pieces([sequence[column] for column in columns])
@@ -458,14 +460,14 @@ def _find_question(pieces: Sequence[str], question: str) -> set[int]:
     return {index for _, index in spelled[start : start + len(wanted)]}
 
 
-def _image_token(config: Any) -> int | None:
-    """Id of the token that stands for image features, None where the configuration does not say."""
+def _media_tokens(config: Any) -> list[int | None]:
+    """Ids of the tokens that stand for image (first) and other features; None where the configuration does not say."""
     try:
-        names: tuple[str, ...] = (families.find(config).image_token,)
+        family = families.find(config)
+        names: tuple[str, ...] = (family.image_token, *family.other_tokens)
     except UnknownFamilyError:
-        names = ("image_token_id", "image_token_index")
-    found = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
-    return None if found is None else int(found)
+        names = ("image_token_id" if hasattr(config, "image_token_id") else "image_token_index",)
+    return [getattr(config, name, None) for name in names]
 
 
 @contextlib.contextmanager

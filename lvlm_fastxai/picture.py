@@ -32,7 +32,8 @@ def load_picture(source: Any) -> Image.Image:
             raise ArgumentError(f"image: there is no file '{source}'") from None
         # Pillow's decoders raise all of these on damaged files.
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ArgumentError(f"image: cannot read '{source}' as a picture: {one_line(error)}") from error
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise ArgumentError(f"image: cannot read '{source}' as a picture: {reason}") from error
     elif isinstance(source, Image.Image):
         picture = source
     else:
