@@ -241,7 +241,7 @@ class FlashAttention(torch.autograd.Function):
     """Attention over a plan's segments; its backward writes dO to the tape before it goes on."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float, tape: LayerTape | None
     ) -> Tensor:
         library = _library(query)
@@ -271,7 +271,7 @@ class FlashAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, output, logsumexp = ctx.saved_tensors
         if ctx.tape is not None:
             ctx.tape.grad_output = grad_output

@@ -45,7 +45,8 @@ def relevancy_rows(
         targets: (N, 3) integers or a sequence of (sample, query_row, token_id). The query row is the one whose logits
             produced the token: a token at column p has query row p − 1. The explained scalar is the raw logit.
         method: "chefer", "lvlm_interpret" (needs ``prompt_length``) or "raw_attention".
-        memory: "fast" keeps activations, "lean" recomputes layer by layer, "min" also keeps layer inputs off the device.
+        memory: "fast" keeps activations, "lean" recomputes layer by layer, "min" also keeps the layer inputs off the
+            device.
         row_tolerance: 0, the exact sweep. (The pruned sweep is not in this version.)
         prompt_length: column at which the answer starts; an integer, or one for each sample.
 
@@ -90,7 +91,20 @@ def explain_rows(
     """:func:`relevancy_rows` with the targets' logits and probabilities, which the same forward gives."""
     if row_tolerance != 0:
         raise ArgumentError(f"row_tolerance: only the exact sweep (0.0) is available, got {row_tolerance}")
-    inputs = dict(inputs)
+    # Inference tensors could not be saved for backward, so neither may be in the way of one.
+    with torch.inference_mode(False):
+        inputs = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
+        return _explain(model, inputs, targets, method, memory, prompt_length)
+
+
+def _explain(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    targets: Tensor | Sequence[tuple[int, int, int]],
+    method: str,
+    memory: str,
+    prompt_length: int | Sequence[int] | None,
+) -> RelevancyRows:
     chosen = methods.find(method)
     checked = check_targets(targets, inputs, _vocabulary(model))
     run = chosen(checked, inputs, prompt_length)

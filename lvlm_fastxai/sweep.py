@@ -20,10 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import Self
-
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from . import attention
 from .attention import LayerTape, current_tape
@@ -108,8 +107,6 @@ class Sweep:
         with contextlib.ExitStack() as stack:
             stack.enter_context(prepared(self.model, self._decoder))
             stack.enter_context(self._store)
-            # Gradients are wanted whatever the caller's mode is; inference tensors could not be saved for backward.
-            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             self._forward()
             self._resources = stack.pop_all()
@@ -124,7 +121,8 @@ class Sweep:
 
     @property
     def hidden_size(self) -> int:
-        return self._decoder.config.get_text_config().hidden_size  # type: ignore[union-attr]
+        config: Any = self._decoder.config
+        return int(config.get_text_config().hidden_size)
 
     def top_layer(self) -> LayerTape:
         """The last layer's tape without a backward (``grad_output`` is None)."""
@@ -158,7 +156,7 @@ class Sweep:
             layer = self._layers[index]
             leaf = self._recompute(layer) if layer.graph is None else layer.input
             graph, tape = layer.graph, layer.tape
-            collected = []
+            collected: list[Tensor] = []
             for number in range(len(slots)):
                 last = not keep and number + 1 == len(slots)
                 gradient = gradients[number].pop(index, None)
@@ -202,7 +200,7 @@ class Sweep:
     ) -> None:
         """Differentiate ``tensor`` with respect to every layer output it was made from."""
         sources = [layer.boundary for layer in self._layers[: below + 1]]
-        found = torch.autograd.grad(tensor, sources, gradient, retain_graph=keep, allow_unused=True)  # type: ignore[arg-type]
+        found = torch.autograd.grad(tensor, sources, gradient, retain_graph=keep, allow_unused=True)
         for index, part in enumerate(found):
             if part is not None:
                 _accumulate(into, index, part)
@@ -297,11 +295,11 @@ class _Boundary(torch.autograd.Function):
     """Starts a graph of its own without holding on to any tensor, as a leaf would."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, hidden: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, anchor: Tensor, hidden: Tensor) -> Tensor:
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         return None, None
 
 

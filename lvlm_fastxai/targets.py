@@ -15,7 +15,7 @@ from .errors import ArgumentError
 
 @dataclass(frozen=True)
 class Targets:
-    """N explained logits: ``samples``, ``query_rows``, ``token_ids``, each N long, of a batch of B samples × S columns."""
+    """N explained logits of a batch of B samples × S columns: ``samples``, ``query_rows`` and ``token_ids``, N long."""
 
     samples: tuple[int, ...]
     query_rows: tuple[int, ...]
@@ -76,8 +76,8 @@ class Targets:
         if not bool(finite.all()):
             wrong = int((~finite).nonzero()[0, 0])
             raise ArgumentError(
-                f"targets[{wrong}]: the model's logit of token {self.token_ids[wrong]} at row {self.query_rows[wrong]} of "
-                f"sample {self.samples[wrong]} is {float(values[wrong])}; an explanation needs finite logits"
+                f"targets[{wrong}]: the model's logit of token {self.token_ids[wrong]} at row {self.query_rows[wrong]} "
+                f"of sample {self.samples[wrong]} is {float(values.detach()[wrong])}; an explanation needs finite logits"
             )
         return [values[slot].sum() for slot in self.slots]
 
