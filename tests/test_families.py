@@ -51,6 +51,7 @@ CASES = [
     Case("llava_next", (600, 220), (10, 4), 2),
     Case("llava_next", (300, 280), (8, 8), 2),
     Case("llava_next", (300, 220), (8, 6), 2),
+    Case("llava_next", (320, 276), (8, 6), 2),  # 6.9 cells wide, of which transformers keeps 6
     Case("llava_onevision", (480, 240), (8, 4), 2),
     Case("llava_onevision", (240, 330), (6, 8), 2),
     Case("llava_onevision", (300, 300), (4, 4), 2, config={"vision_aspect_ratio": "anyres_max_1"}),
@@ -132,8 +133,9 @@ def check_blob(layout: ImageLayout, change: torch.Tensor, blob: np.ndarray) -> N
     assert stray.max() == 0, "columns outside the layout changed"
     for part in layout.parts:
         box = np.array(part.box)
-        if (blob[:2] >= box[2:]).any() or (blob[2:] <= box[:2]).any():
-            assert all(change[c] == 0 for c in part.columns.ravel() if c >= 0)
+        outside = max((blob[:2] - box[2:]).max(), (box[:2] - blob[2:]).max())
+        if outside >= 0:  # resampling carries the blob's rim a little further
+            assert outside < 0.05 or all(change[c] == 0 for c in part.columns.ravel() if c >= 0)
             continue
         values = np.array([[float(change[c]) if c >= 0 else 0.0 for c in row] for row in part.columns])
         if values.max() == 0:  # only a cell without a token may hide the blob
@@ -141,7 +143,7 @@ def check_blob(layout: ImageLayout, change: torch.Tensor, blob: np.ndarray) -> N
             assert any((blob[:2] < b[2:]).all() and (blob[2:] > b[:2]).all() for b in hidden)
             continue
         strongest = cell_box(part, np.unravel_index(values.argmax(), values.shape))
-        margin = 0.02 if (part.columns >= 0).all() else 1 / min(part.shape)
+        margin = 0.003 if (part.columns >= 0).all() else 1 / min(part.shape)
         assert (blob[:2] < strongest[2:] + margin).all() and (blob[2:] > strongest[:2] - margin).all()
         cell = np.array([(box[2] - box[0]) / part.shape[1], (box[3] - box[1]) / part.shape[0]])
         for index in np.argwhere(values > 0.05 * values.max()):
@@ -162,7 +164,7 @@ def test_a_patch_of_the_picture_changes_its_cell(case: Case) -> None:
     (layout,) = families.image_layouts(model.config, plain, image_sizes=[case.picture], image_processor=processor)
     assert layout.shape == case.finest
     assert len(layout.parts) == case.parts
-    for x, y in [(0.04, 0.04), (0.93, 0.05), (0.06, 0.94), (0.92, 0.93), (0.3, 0.62), (0.67, 0.21), (0.44, 0.81)]:
+    for x, y in [(0.04, 0.04), (0.93, 0.05), (0.06, 0.94), (0.92, 0.93), (0.3, 0.62), (0.67, 0.21), (0.2, 0.8)]:
         half_width, half_height = max(4, width // 40), max(4, height // 40)
         centre = int(x * width), int(y * height)
         blob = (
