@@ -197,7 +197,7 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attention with transformers' ``AttentionInterface`` signature: query (B,H,Sq,d), key/value (B,Hkv,Sk,d).
 
-    Returns the output (B, Sq, H, d) and no weights. ``attention_mask`` is what :func:`key_range_mask` returned, or None.
+    ``attention_mask`` is what :func:`key_range_mask` returned, or None. Returns the output (B, Sq, H, d), no weights.
     """
     for feature in ("softcap", "s_aux", "sinks"):
         if kwargs.get(feature) is not None:
@@ -342,7 +342,7 @@ class _CpuFlash:
 
 
 class _Blocked:
-    """Attention in matrix products over ``ROW_BLOCK`` rows: for devices and dtypes that torch's flash kernels refuse."""
+    """Attention in matrix products over ``ROW_BLOCK`` rows, for devices and dtypes that torch's flash kernels refuse."""
 
     @staticmethod
     def forward(

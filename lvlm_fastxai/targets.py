@@ -75,9 +75,10 @@ class Targets:
         finite = torch.isfinite(values.detach())
         if not bool(finite.all()):
             wrong = int((~finite).nonzero()[0, 0])
+            logit = float(values.detach()[wrong])
             raise ArgumentError(
                 f"targets[{wrong}]: the model's logit of token {self.token_ids[wrong]} at row {self.query_rows[wrong]} "
-                f"of sample {self.samples[wrong]} is {float(values.detach()[wrong])}; an explanation needs finite logits"
+                f"of sample {self.samples[wrong]} is {logit}; an explanation needs finite logits"
             )
         return [values[slot].sum() for slot in self.slots]
 
