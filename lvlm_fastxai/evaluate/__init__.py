@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 
 # Written out, since the modules that know them load torch.
 METHODS = ("chefer", "lvlm_interpret", "raw_attention", "gradient_input", "chefer_untrained", "random")
-SCENES, CURVES = 100, 100
+SCENES, CURVES = 100, 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,7 +166,7 @@ def say(message: str) -> None:
 
 
 class _Bar:
-    """One progress bar on stderr per stage."""
+    """One progress bar on stderr per stage; one line per stage where stderr is no terminal."""
 
     def __init__(self) -> None:
         self._stage = ""
@@ -177,7 +177,10 @@ class _Bar:
 
         if stage != self._stage:
             self._close()
-            self._stage, self._bar = stage, tqdm(total=total, desc=stage, unit="question", file=sys.stderr)
+            if not sys.stderr.isatty():
+                say(f"{stage}: {total} questions")
+            self._stage = stage
+            self._bar = tqdm(total=total, desc=stage, unit="question", file=sys.stderr, disable=None)
         self._bar.update(done - self._bar.n)
 
     def __enter__(self) -> _Bar:

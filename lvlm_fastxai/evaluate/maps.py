@@ -22,6 +22,8 @@ from .cases import Case
 Box = tuple[float, float, float, float]
 Target = tuple[int, int, int]
 
+UNTRAINED_SEED = 2**40
+
 
 def gradient_input_rows(model: nn.Module, inputs: Mapping[str, Any], targets: Sequence[Target]) -> Tensor:
     """|Σ_d ∂z/∂x_jd · x_jd| at the language model's input embeddings x, per target.
@@ -56,7 +58,8 @@ def untrained_twin(model: Any, seed: int) -> Any:
     generator is left where it stands.
     """
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        # Away from the small seeds that people train from: the twin must not be the very model training started with.
+        torch.manual_seed(UNTRAINED_SEED + seed)
         twin = type(model)(copy.deepcopy(model.config))
     return twin.to(model.device, model.dtype).eval()
 

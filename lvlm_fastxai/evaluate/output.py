@@ -92,10 +92,10 @@ def _overall(group: Mapping[str, Any], title: str) -> Table:
         for method, entry in group["methods"].items()
     ]
     chance = ["chance", *(_number(group["chance"].get(metric.name), metric) for metric in metrics)]
-    note = f"{group['maps']} questions about {group['scenes']} scenes; mean [95 % interval]."
+    note = f"{group['maps']} questions about {group['scenes']} scenes; ± half the width of the 95 % interval."
     curves = group["methods"][next(iter(group["methods"]))].get("deletion")
     if curves:
-        note += f" Deletion (lower is better) and insertion: {curves['maps']} questions, kinds drawn evenly."
+        note += f" Deletion (lower is better) and insertion: {curves['maps']} right answers, kinds drawn evenly."
     return Table(title, ["method", *(metric.title for metric in metrics)], [*rows, chance], note)
 
 
@@ -118,11 +118,12 @@ def _difference(group: Mapping[str, Any]) -> Table | None:
 
 
 def _by_group(groups: Mapping[str, Any], metric: Metric, title: str, unit: str) -> Table:
-    methods = list(groups["overall"]["methods"])
+    # The random map only measures chance, which stands in a column of its own.
+    methods = [name for name in groups["overall"]["methods"] if name != "random"]
     rows = [
         [
             name,
-            str(group["methods"][methods[0]].get(metric.name, {}).get("maps", group["maps"])),
+            str(next(iter(group["methods"].values())).get(metric.name, {}).get("maps", group["maps"])),
             *(_with_interval(group["methods"][method].get(metric.name), metric) for method in methods),
             _number(group["chance"].get(metric.name), metric),
         ]
@@ -135,9 +136,11 @@ def _by_group(groups: Mapping[str, Any], metric: Metric, title: str, unit: str) 
 def _with_interval(entry: Mapping[str, Any] | None, metric: Metric, *, signed: bool = False) -> str:
     if entry is None:
         return "–"
-    numbers = [_number(entry[part], metric, signed=signed) for part in ("mean", "low", "high")]
-    outside = signed and entry["low"] is not None and (entry["low"] > 0 or entry["high"] < 0)
-    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]{'*' if outside else ''}"
+    mean = _number(entry["mean"], metric, signed=signed)
+    if entry["low"] is None:
+        return mean
+    outside = signed and (entry["low"] > 0 or entry["high"] < 0)
+    return f"{mean} ±{_number((entry['high'] - entry['low']) / 2, metric)}{'*' if outside else ''}"
 
 
 def _number(value: float | None, metric: Metric, *, signed: bool = False) -> str:

@@ -48,7 +48,7 @@ METRICS = (
     Metric("mass", "mass in mask"),
     Metric("mass_ratio", "mass / area", percent=False, over="area", score="mass"),
     Metric("average_precision", "AUPRC", percent=False),
-    Metric("selectivity", "mass on evidence among objects"),
+    Metric("selectivity", "selectivity"),
     Metric("deletion", "deletion", better="lower", percent=False),
     Metric("insertion", "insertion", percent=False),
 )
