@@ -20,7 +20,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 # The environment's own cmake and ninja come first.
 export PATH := $(abspath $(BIN)):$(PATH)
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Errors only: what pip says of an index's gaps is no use to anyone.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-floor lint cuda wheel evaluate benchmark train-tiny clean
@@ -33,6 +34,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(RUNTIME): | $(BIN)/python
+	@echo 'installing the locked packages (a few minutes where torch has to be downloaded)'
 	$(PIP) install -r requirements/runtime.lock -r requirements/build.lock
 	@rm -f $(VENV)/.stamp-runtime-* && touch $@
 
@@ -42,6 +44,7 @@ $(DEV): | $(RUNTIME)
 
 # Editable: the library is built in place, and Python sources are used where they lie.
 $(PACKAGE): | $(RUNTIME)
+	@echo 'building the native library (a minute; longer where nvcc compiles the CUDA kernels too)'
 	$(PIP) install --no-build-isolation --no-deps --editable .
 	@rm -f $(VENV)/.stamp-package-* && touch $@
 
@@ -58,6 +61,7 @@ $(FLOOR): | $(DEV)
 	@rm -rf .cache/floor-*
 	$(PIP) install --no-deps --target $@.part -r requirements/floor.lock && mv $@.part $@
 
+FLOOR_TESTS := $(addprefix tests/test_, relevancy_product.py sweep.py oracles.py families.py)
 test-floor: | $(FLOOR) $(PACKAGE)  ## the tests that meet transformers, against the oldest supported one
 	PYTHONPATH=$(FLOOR) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --timeout 300 $(FLOOR_TESTS)
 
@@ -67,17 +71,17 @@ lint: | $(DEV)  ## style, types, C++ layout
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
-# One build description: CMakeLists.txt compiles every .cu of csrc/cuda for the architectures of a release.
-cuda: | $(DEV)  ## compile the CUDA kernels for every supported architecture (skipped without nvcc, but not in CI)
+# setup.py's own build folder is used, so nothing that `make test` has compiled is compiled again.
+cuda: | $(DEV) $(PACKAGE)  ## compile the CUDA kernels for every supported architecture (skipped without nvcc, but not in CI)
 	@if ! command -v nvcc >/dev/null; then \
 	  echo 'cuda: no nvcc on PATH, the CUDA kernels were NOT compiled'; test "$$CI" != true; exit; fi; \
-	set -e; cmake -S . -B build/cuda -G Ninja -DFASTXAI_CUDA=ON -DPython3_EXECUTABLE=$(abspath $(BIN)/python) \
-	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" >/dev/null; \
-	cmake --build build/cuda; \
+	set -e; LVLM_FASTXAI_CUDA=ON LVLM_FASTXAI_CUDA_ARCHS= $(BIN)/python setup.py --quiet build_ext --inplace >build/cuda.log 2>&1 \
+	  || { cat build/cuda.log; exit 1; }; \
 	for source in csrc/cuda/*.cu; do \
-	  ninja -C build/cuda -t compdb | grep -q "$$source" || { echo "cuda: $$source is not built by CMakeLists.txt"; exit 1; }; \
+	  ninja -C build/cmake-* -t compdb | grep -q "$$source" || { echo "cuda: CMakeLists.txt does not build $$source"; exit 1; }; \
 	done; \
-	grep -o 'CUDA_ARCHITECTURES.*' build/cuda/build_info.h
+	echo csrc/cuda/*.cu compiled for $$($(BIN)/python -c \
+	  'from lvlm_fastxai import _native; print(*_native.build_info()["cuda_architectures"])')
 
 wheel: | $(DEV)  ## build a wheel, install it in clean environments elsewhere and try it there
 	PYTHON=$(PYTHON) .ci/wheel $(abspath $(BIN)/python)
@@ -86,7 +90,8 @@ evaluate: | $(DEV) $(PACKAGE)  ## measure the maps against known evidence
 	$(BIN)/lvlm-fastxai evaluate --out out/evaluation
 
 benchmark: | $(DEV) $(PACKAGE)  ## time the operators and whole explanations
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only
+	$(BIN)/python -m benchmarks op
 	$(BIN)/python -m benchmarks end-to-end
 
 train-tiny: | $(DEV) $(PACKAGE)  ## train the shipped model from its seed (hours on two cores)

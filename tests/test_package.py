@@ -58,7 +58,7 @@ def test_an_operator_has_all_its_rooms(name: str) -> None:
         PACKAGE / "ops" / f"{name}.py",
         PACKAGE / "reference" / f"{name}.py",
         ROOT / "tests" / f"test_{name}.py",
-        ROOT / "benchmarks" / f"test_{name}.py",
+        ROOT / "benchmarks" / f"bench_{name}.py",
     ]
     if (ROOT / "triton_kernels").is_dir():
         rooms.append(ROOT / "triton_kernels" / f"{name}.py")
