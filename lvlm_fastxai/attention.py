@@ -342,7 +342,7 @@ class _CpuFlash:
 
 
 class _Blocked:
-    """Attention in matrix products over ``ROW_BLOCK`` rows, for devices and dtypes that torch's flash kernels refuse."""
+    """Attention in matrix products of ``ROW_BLOCK`` rows, for devices and dtypes that torch's flash kernels refuse."""
 
     @staticmethod
     def forward(
