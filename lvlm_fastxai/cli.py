@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         args = _parser(arguments).parse_args(arguments)
-        return int(args.run(args) or 0)
+        code = int(args.run(args) or 0)
+        sys.stdout.flush()
+        return code
     except FastXAIError as error:
         return _fail(str(error))
     except KeyboardInterrupt:

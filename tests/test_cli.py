@@ -1,0 +1,246 @@
+"""The command line: what it writes, what it says, how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from models import build
+from PIL import Image
+
+from lvlm_fastxai import cli, explainer
+from lvlm_fastxai.tiny.model import build_model, build_processor, save_checkpoint
+
+QUESTION = "what color is the circle?"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread: None) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(build_model(0), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def expect_one_line(result: tuple[int, str, str], message: str, code: int = 2) -> None:
+    found, out, err = result
+    assert found == code and out == ""
+    assert len(err.splitlines()) == 1 and err.startswith("lvlm-fastxai: "), err
+    assert message in err
+
+
+def test_explain_writes_report_json_and_pictures(run, checkpoint, picture, tmp_path):
+    out = tmp_path / "a report"
+    code, text, err = run(
+        "explain", picture, QUESTION, "--model", checkpoint, "--max-new-tokens", 3, "--memory", "lean", "--out", out
+    )
+    assert (code, err) == (0, "")
+    stored = json.loads((out / "explanation.json").read_text(encoding="utf-8"))
+    assert text.splitlines()[0] == stored["answer"] and str(out / "report.html") in text
+    assert stored["memory"] == "lean" and len(stored["tokens"]) == 3
+    assert np.array(stored["image_maps"][0]).shape == (12, 12)
+    assert (out / "answer.png").exists() and len(list((out / "tokens").iterdir())) == 3
+    command = stored["command"]
+    assert command.startswith("lvlm-fastxai explain ") and "--memory lean" in command and "--method" not in command
+    assert command in (out / "report.html").read_text(encoding="utf-8").replace("&#x27;", "'")
+    assert stored["model"]["name"] == checkpoint.name
+
+
+def test_explain_as_json(run, checkpoint, picture, tmp_path):
+    code, text, err = run(
+        "explain", picture, QUESTION, "--model", checkpoint, "--max-new-tokens", 1, "--out", tmp_path, "--json",
+        "--method", "raw_attention",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    printed = json.loads(text)
+    assert printed["method"] == "raw_attention" and Path(printed["files"]["report"]).exists()
+
+
+def test_reference_backend_agrees(run, checkpoint, picture, tmp_path):
+    maps = []
+    for backend in ([], ["--backend", "reference"]):
+        arguments = ("--model", checkpoint, "--max-new-tokens", 1, "--out", tmp_path, "--json")
+        code, text, _ = run("explain", picture, QUESTION, *arguments, *backend)
+        assert code == 0
+        maps.append(np.array(json.loads(text)["image_maps"][0]))
+    assert json.loads(text)["backend"] == "reference"
+    np.testing.assert_allclose(*maps, rtol=1e-3, atol=1e-7)
+
+
+def test_estimate(run, checkpoint, picture):
+    code, text, _ = run("estimate", picture, QUESTION, "--model", checkpoint, "--max-new-tokens", 4)
+    assert code == 0 and "MiB" in text
+    code, text, _ = run("estimate", picture, QUESTION, "--model", checkpoint, "--max-new-tokens", 4, "--json")
+    assert code == 0 and json.loads(text)["seconds"] > 0
+
+
+def test_info(run):
+    code, text, _ = run("info", "--json")
+    assert code == 0 and "relevancy_product" in json.loads(text)["operators"]
+    code, text, _ = run("info")
+    assert code == 0 and "reference" in text
+
+
+@pytest.mark.parametrize("command", ["explain", "estimate", "info", "evaluate"])
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "--help"])
+    assert left.value.code == 0
+    assert "example: lvlm-fastxai" in capsys.readouterr().out
+
+
+def test_help_is_quick():
+    script = (
+        "import sys; from lvlm_fastxai.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    for command in ("explain", "info", "estimate", "evaluate"):
+        assert command in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--help"),
+        (["explode"], "--help"),
+        (["explain"], "IMAGE, QUESTION"),
+        (["explain", "{picture}", QUESTION, "--method", "lime"], "--method"),
+        (["explain", "{picture}", QUESTION, "--max-new-tokens", "many"], "--max-new-tokens"),
+        (["explain", "{picture}", QUESTION, "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["explain", "{picture}", ""], "empty question"),
+        (["explain", "{picture}", "  "], "empty question"),
+        (["explain", "absent.png", QUESTION], "no file 'absent.png'"),
+        (["explain", __file__, QUESTION], "as a picture"),
+        (["explain", "{folder}", QUESTION], "Is a directory"),
+        (["estimate", "absent.png", QUESTION], "no file 'absent.png'"),
+        (["explain", "{picture}", QUESTION, "--model", "{folder}"], "config.json"),
+        (["explain", "{picture}", QUESTION, "--model", "{checkpoint}", "--device", "abacus"], "--device"),
+        (["explain", "{picture}", "what is <image>?", "--model", "{checkpoint}"], "image marker"),
+    ],
+)
+def test_bad_input(run, checkpoint, picture, tmp_path, arguments, message):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    if len(arguments) > 2 and arguments[0] == "explain":
+        arguments = [*arguments, "--out", str(tmp_path / "out")]
+    filled = [a.format(picture=picture, folder=folder, checkpoint=checkpoint) for a in arguments]
+    expect_one_line(run(*filled), message)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the cuda backend may be present")
+@pytest.mark.parametrize("command", ["explain", "estimate"])
+def test_absent_backend(run, checkpoint, picture, tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expect_one_line(run(command, picture, QUESTION, "--model", checkpoint, "--backend", "cuda"), "--backend")
+
+
+@pytest.mark.parametrize("below", ["", "sub"])
+def test_output_folder_is_tried_before_anything_is_computed(run, checkpoint, picture, tmp_path, monkeypatch, below):
+    monkeypatch.setattr(cli, "_load", lambda *unused: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / below
+    expect_one_line(run("explain", picture, QUESTION, "--model", checkpoint, "--out", out), "output folder")
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_text_only_model(run, picture, tmp_path):
+    model, _ = build("llama", torch.float32)
+    model.save_pretrained(tmp_path / "llama")
+    build_processor().tokenizer.save_pretrained(tmp_path / "llama")
+    result = run("explain", picture, QUESTION, "--model", tmp_path / "llama", "--out", tmp_path / "out")
+    expect_one_line(result, "reads no images")
+
+
+def test_chat_template_without_the_image(run, picture, tmp_path):
+    save_checkpoint(build_model(0), tmp_path)
+    processor = build_processor()
+    processor.chat_template = "{{ messages[0]['content'][1]['text'] }}"
+    processor.save_pretrained(tmp_path)
+    expect_one_line(run("explain", picture, QUESTION, "--model", tmp_path, "--out", tmp_path / "out"), "image")
+
+
+def test_logits_that_are_not_numbers(run, picture, tmp_path):
+    model = build_model(0)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    save_checkpoint(model, tmp_path)
+    expect_one_line(run("explain", picture, QUESTION, "--model", tmp_path, "--out", tmp_path / "out"), "NaN")
+
+
+def test_damaged_checkpoint(run, picture, tmp_path):
+    save_checkpoint(build_model(0), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    expect_one_line(run("explain", picture, QUESTION, "--model", tmp_path, "--out", tmp_path / "out"), "cannot load")
+
+
+def test_attention_that_cannot_be_registered(run, checkpoint, picture, tmp_path, monkeypatch):
+    def own_attention(self: Any, hidden_states: torch.Tensor, **unused: Any) -> tuple[torch.Tensor, None]:
+        return self.o_proj(self.q_proj(hidden_states)), None
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaAttention, "forward", own_attention)
+    result = run("explain", picture, QUESTION, "--model", checkpoint, "--out", tmp_path, "--max-new-tokens", 1)
+    expect_one_line(result, "attention")
+
+
+def test_interrupted(run, checkpoint, picture, tmp_path, monkeypatch):
+    def interrupt(*unused: Any, **also_unused: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr(explainer, "explain_rows", interrupt)
+    out = tmp_path / "out"
+    result = run("explain", picture, QUESTION, "--model", checkpoint, "--out", out, "--max-new-tokens", 1)
+    expect_one_line(result, "interrupted", code=130)
+    assert list(out.iterdir()) == []
+
+
+def test_progress_bar_on_a_terminal(run, checkpoint, picture, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    code, _, err = run("explain", picture, QUESTION, "--model", checkpoint, "--out", tmp_path, "--max-new-tokens", 2)
+    assert code == 0 and "generate" in err and "explain" in err
+
+
+def test_closed_pipe_is_no_error():
+    command = [sys.executable, "-m", "lvlm_fastxai.cli", "info", "--json"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        result = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
