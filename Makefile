@@ -86,8 +86,8 @@ cuda: | $(DEV) $(PACKAGE)  ## compile the CUDA kernels for every supported archi
 wheel: | $(DEV)  ## build a wheel, install it in clean environments elsewhere and try it there
 	PYTHON=$(PYTHON) .ci/wheel $(abspath $(BIN)/python)
 
-evaluate: | $(DEV) $(PACKAGE)  ## measure the maps against known evidence
-	$(BIN)/lvlm-fastxai evaluate --out out/evaluation
+evaluate: | $(DEV) $(PACKAGE)  ## measure the maps against known evidence, and rewrite docs/evaluation.md
+	$(BIN)/lvlm-fastxai evaluate --document docs/evaluation.md
 
 benchmark: | $(DEV) $(PACKAGE)  ## time the operators and whole explanations
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only
