@@ -58,8 +58,8 @@ inline float load_one(const T* source) {
 
 // 2^x within 2 ulp for |x| < 126; 0 below that, infinity above, NaN for NaN.
 inline Floats exp2(Floats x) {
-  x = x > 128.0f ? (Floats{} + 128.0f) : x;
-  x = x < -126.0f ? (Floats{} - 127.0f) : x;
+  x = x > 128.0f ? 128.0f - Floats{} : x;
+  x = x < -126.0f ? -127.0f - Floats{} : x;
   // Adding 1.5·2^23 rounds to an integer, which stands in the low bits of the sum together with the exponent's bias.
   constexpr float kShift = 0x1.8p23f + 127.0f;
   const Floats shifted = x + kShift;
@@ -74,24 +74,27 @@ inline Floats exp2(Floats x) {
   return power * (Floats)((Ints)shifted << 23);
 }
 
-// rows[r] (kTileRows × width, row by row) times a panel (width × kPanel): tile[r][key].
-inline void multiply_tile(const float* rows, const float* panel, int64_t width, Floats tile[kTileRows][kTileVectors]) {
-  Floats sum[kTileRows][kTileVectors] = {};
+// rows[r] (kTileRows × width, row by row) times the first kVectors vectors of a panel (width × kPanel). The sums are
+// handed to finish(r, v, sum) while they are still in registers.
+template <int kVectors, typename Finish>
+inline void multiply_tile(const float* rows, const float* panel, int64_t width, const Finish& finish) {
+  Floats sum[kTileRows][kVectors] = {};
   for (int64_t k = 0; k < width; ++k) {
-    Floats right[kTileVectors];
+    Floats right[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVectors; ++v) right[v] = *reinterpret_cast<const Floats*>(panel + k * kPanel + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) right[v] = *reinterpret_cast<const Floats*>(panel + k * kPanel + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) {
-      const Floats left = Floats{} + rows[r * width + k];
+      // Subtracting zero changes no value, so it costs nothing; adding zero would, since -0 + 0 = +0.
+      const Floats left = rows[r * width + k] - Floats{};
 #pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) sum[r][v] += left * right[v];
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += left * right[v];
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVectors; ++v) tile[r][v] = sum[r][v];
+    for (int v = 0; v < kVectors; ++v) finish(r, v, sum[r][v]);
   }
 }
 
@@ -110,7 +113,6 @@ struct Scratch {
   float *keys, *values;  // (panels, d, kPanel)
   float* sums;           // (N, key block)
   Floats (*probability)[kTileVectors];
-  Floats (*product)[kTileVectors];
   RowGroup group;
 };
 
@@ -134,7 +136,7 @@ int64_t key_block(const RelevancyProduct& problem) {
 size_t scratch_floats(const RelevancyProduct& problem) {
   const int64_t block = key_block(problem);
   return 2 * round_up(block * problem.width, 16) + round_up(problem.targets * block, 16) +
-         2 * round_up(kTileRows * kPanel, 16) + round_up(kTileRows * problem.width, 16) +
+         round_up(kTileRows * kPanel, 16) + round_up(kTileRows * problem.width, 16) +
          round_up(problem.grad_targets * kTileRows * problem.width, 16) + round_up(problem.targets * kTileRows, 16);
 }
 
@@ -149,29 +151,63 @@ Scratch carve(const RelevancyProduct& problem, int64_t block, float* memory) {
   scratch.values = take(block * problem.width);
   scratch.sums = take(problem.targets * block);
   scratch.probability = reinterpret_cast<Floats(*)[kTileVectors]>(take(kTileRows * kPanel));
-  scratch.product = reinterpret_cast<Floats(*)[kTileVectors]>(take(kTileRows * kPanel));
   scratch.group.query = take(kTileRows * problem.width);
   scratch.group.grad_output = take(problem.grad_targets * kTileRows * problem.width);
   scratch.group.weight = take(problem.targets * kTileRows);
   return scratch;
 }
 
-// Keys first … last of a head, transposed into panels of (d, kPanel), converted to float32, the tail filled with zeros.
+template <int... kIndex>
+struct Lanes {};
+template <int kCount, int... kIndex>
+struct CountLanes : CountLanes<kCount - 1, kCount - 1, kIndex...> {};
+template <int... kIndex>
+struct CountLanes<0, kIndex...> {
+  using type = Lanes<kIndex...>;
+};
+
+// Lanes of a and b in turn, from lane kFirst of each.
+template <int kFirst, int... kIndex>
+inline Floats zip(Floats a, Floats b, Lanes<kIndex...>) {
+  return __builtin_shufflevector(a, b, (kFirst + kIndex / 2 + kIndex % 2 * kLanes)...);
+}
+
+// Zipping the first half of the rows with the second log2(kLanes) times transposes the block.
+inline void transpose(Floats block[kLanes]) {
+  using Every = typename CountLanes<kLanes>::type;
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {
+    Floats zipped[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      zipped[2 * i] = zip<0>(block[i], block[i + kLanes / 2], Every{});
+      zipped[2 * i + 1] = zip<kLanes / 2>(block[i], block[i + kLanes / 2], Every{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) block[i] = zipped[i];
+  }
+}
+
+// Keys of a head, transposed into panels of (d, kPanel), converted to float32, the tail filled with zeros.
 template <typename T>
 void pack_panels(const T* source, int64_t stride, int64_t count, int64_t width, float* panels) {
-  for (int64_t first = 0; first < count; first += kPanel, panels += width * kPanel) {
-    for (int64_t key = 0; key < kPanel; ++key) {
-      if (first + key >= count) {
-        for (int64_t k = 0; k < width; ++k) panels[k * kPanel + key] = 0.0f;
-        continue;
+  for (int64_t first = 0; first < round_up(count, kPanel); first += kLanes) {
+    float* panel = panels + first / kPanel * kPanel * width + first % kPanel;
+    const T* from = source + first * stride;
+    const int64_t present = maximum(0, minimum(kLanes, count - first));
+    int64_t k = 0;
+    for (; k + kLanes <= width; k += kLanes) {
+      Floats block[kLanes];
+#pragma GCC unroll 16
+      for (int key = 0; key < kLanes; ++key) block[key] = key < present ? load(from + key * stride + k) : Floats{};
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) *reinterpret_cast<Floats*>(panel + (k + i) * kPanel) = block[i];
+    }
+    for (; k < width; ++k) {
+      for (int key = 0; key < kLanes; ++key) {
+        panel[k * kPanel + key] = key < present ? load_one(from + key * stride + k) : 0.0f;
       }
-      const T* from = source + (first + key) * stride;
-      int64_t k = 0;
-      for (; k + kLanes <= width; k += kLanes) {
-        const Floats values = load(from + k);
-        for (int lane = 0; lane < kLanes; ++lane) panels[(k + lane) * kPanel + key] = values[lane];
-      }
-      for (; k < width; ++k) panels[k * kPanel + key] = load_one(from + k);
     }
   }
 }
@@ -234,40 +270,38 @@ int gather(const RelevancyProduct& problem, const ActiveRows& rows, int64_t samp
   return found;
 }
 
-// Turns the gradient tile into max(0, probability · gradient).
-inline void rectify(const Floats probability[kTileRows][kTileVectors], Floats tile[kTileRows][kTileVectors]) {
-  for (int r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kTileVectors; ++v) {
-      const Floats product = probability[r][v] * tile[r][v];
-      tile[r][v] = product < 0.0f ? Floats{} : product;  // keeps NaN, as torch.clamp does
-    }
-  }
+// Keeps NaN, as torch.clamp does.
+inline Floats rectified(Floats product) {
+  return product < 0.0f ? Floats{} : product;
 }
 
-// Adds weight · tile to the column sums. kBoundary: some row does not see some key of the tile.
-template <bool kBoundary>
-inline void add_columns(const RowGroup& group, const float* weight, int64_t first_key,
-                        const Floats tile[kTileRows][kTileVectors], float* sums) {
-  Floats column[kTileVectors] = {};
-  Ints lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  for (int r = 0; r < kTileRows; ++r) {
-    if (weight[r] == 0.0f) continue;
-#pragma GCC unroll 8
-    for (int v = 0; v < kTileVectors; ++v) {
-      const Floats share = weight[r] * tile[r][v];
-      if (kBoundary) {
-        // A hidden key gets nothing, not even from a weight that is not finite.
-        const Ints key = lane + static_cast<int32_t>(first_key + v * kLanes);
-        column[v] += (key >= group.start[r]) & (key < group.end[r]) ? share : Floats{};
-      } else {
-        column[v] += share;
-      }
-    }
+// Weighted column sums of a tile. kBoundary: some row does not see some key of it.
+template <int kVectors, bool kBoundary>
+struct ColumnSums {
+  const RowGroup& group;
+  const float* weight;
+  Ints first_lane = {};
+  Floats sum[kVectors] = {};
+
+  ColumnSums(const RowGroup& rows, const float* row_weight, int64_t first_key) : group(rows), weight(row_weight) {
+    for (int lane = 0; lane < kLanes; ++lane) first_lane[lane] = static_cast<int32_t>(first_key) + lane;
   }
-  for (int v = 0; v < kTileVectors; ++v) *reinterpret_cast<Floats*>(sums + v * kLanes) += column[v];
-}
+
+  inline void add(int r, int v, Floats product) {
+    Floats share = weight[r] * product;
+    if (kBoundary) {
+      // A hidden key gets nothing, not even from a weight that is not finite.
+      const Ints key = first_lane + v * kLanes;
+      share = (key >= group.start[r]) & (key < group.end[r]) ? share : Floats{};
+    }
+    sum[v] += weight[r] == 0.0f ? Floats{} : share;
+  }
+
+  inline void write(float* sums) const {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Floats*>(sums + v * kLanes) += sum[v];
+  }
+};
 
 inline bool any_weight(const float* weight) {
   for (int r = 0; r < kTileRows; ++r) {
@@ -276,35 +310,59 @@ inline bool any_weight(const float* weight) {
   return false;
 }
 
-// Adds what one group of rows gives to one panel of keys, for every target.
+// Adds what one group of rows gives to the first kVectors vectors of one panel of keys, for every target.
+template <int kVectors, bool kBoundary>
 void add_tile(const RelevancyProduct& problem, const Scratch& scratch, int64_t block, int64_t panel_offset,
               int64_t first_key) {
   const RowGroup& group = scratch.group;
   const int64_t width = problem.width;
   const float* values = scratch.values + panel_offset * width;
-  const bool boundary = group.common_start > first_key || group.common_end < first_key + kPanel;
-
-  multiply_tile(group.query, scratch.keys + panel_offset * width, width, scratch.probability);
   const float scale = problem.scale * 1.44269504f;
-  for (int r = 0; r < kTileRows; ++r) {
-    for (int v = 0; v < kTileVectors; ++v) {
-      scratch.probability[r][v] = exp2(scratch.probability[r][v] * scale - group.logsumexp[r]);
+
+  auto* const probability = scratch.probability;
+  multiply_tile<kVectors>(group.query, scratch.keys + panel_offset * width, width, [&](int r, int v, Floats score) {
+    probability[r][v] = exp2(score * scale - group.logsumexp[r]);
+  });
+  if (problem.grad_targets > 1 || problem.targets == 1) {
+    for (int64_t n = 0; n < problem.targets; ++n) {
+      const float* weight = group.weight + n * kTileRows;
+      if (!any_weight(weight)) continue;
+      ColumnSums<kVectors, kBoundary> columns(group, weight, first_key);
+      multiply_tile<kVectors>(
+          group.grad_output + n * kTileRows * width, values, width,
+          [&](int r, int v, Floats gradient) { columns.add(r, v, rectified(probability[r][v] * gradient)); });
+      columns.write(scratch.sums + n * block + panel_offset);
+    }
+    return;
+  }
+  // One gradient for all targets: its product replaces the probability and is weighted once per target.
+  multiply_tile<kVectors>(group.grad_output, values, width, [&](int r, int v, Floats gradient) {
+    probability[r][v] = rectified(probability[r][v] * gradient);
+  });
+  for (int64_t n = 0; n < problem.targets; ++n) {
+    ColumnSums<kVectors, kBoundary> columns(group, group.weight + n * kTileRows, first_key);
+    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) columns.add(r, v, probability[r][v]);
+    }
+    columns.write(scratch.sums + n * block + panel_offset);
+  }
+}
+
+// The narrowest tile that holds `visible` keys; under a causal mask the last tile of a row group is rarely full.
+template <int kVectors = 1>
+inline void add_narrowest_tile(const RelevancyProduct& problem, const Scratch& scratch, int64_t block,
+                               int64_t panel_offset, int64_t first_key, int64_t visible) {
+  if constexpr (kVectors < kTileVectors) {
+    if (visible > kVectors * kLanes) {
+      return add_narrowest_tile<kVectors + 1>(problem, scratch, block, panel_offset, first_key, visible);
     }
   }
-  const bool shared_gradient = problem.grad_targets == 1;
-  for (int64_t n = 0; n < problem.targets; ++n) {
-    const float* weight = group.weight + n * kTileRows;
-    if (!shared_gradient && !any_weight(weight)) continue;
-    if (!shared_gradient || n == 0) {
-      multiply_tile(group.grad_output + n * kTileRows * width, values, width, scratch.product);
-      rectify(scratch.probability, scratch.product);
-    }
-    float* sums = scratch.sums + n * block + panel_offset;
-    if (boundary) {
-      add_columns<true>(group, weight, first_key, scratch.product, sums);
-    } else {
-      add_columns<false>(group, weight, first_key, scratch.product, sums);
-    }
+  const RowGroup& group = scratch.group;
+  if (group.common_start > first_key || group.common_end < first_key + kVectors * kLanes) {
+    add_tile<kVectors, true>(problem, scratch, block, panel_offset, first_key);
+  } else {
+    add_tile<kVectors, false>(problem, scratch, block, panel_offset, first_key);
   }
 }
 
@@ -333,7 +391,7 @@ void run_typed(const RelevancyProduct& problem, const ActiveRows& rows, int64_t 
     const int64_t begin = maximum(scratch.group.first_key - first_key, 0) / kPanel * kPanel;
     const int64_t end = minimum(scratch.group.last_key - first_key, count);
     for (int64_t offset = begin; offset < end; offset += kPanel) {
-      add_tile(problem, scratch, block, offset, first_key + offset);
+      add_narrowest_tile(problem, scratch, block, offset, first_key + offset, end - offset);
     }
   }
   for (int64_t n = 0; n < problem.targets; ++n) {

@@ -1,0 +1,200 @@
+"""relevancy_product against its dense twin and against this machine's own fp32 matrix-product rate.
+
+Time: ours, the twin and a large torch.mm take turns in one process; ratios are taken within a round, medians over the
+rounds. Operations are counted as the mask needs them: 2·d for the score and 2·d for the gradient of each visible entry,
+4·S²·d·H/2 for a causal square. Memory: each in a process of its own, peak resident memory above what the inputs take.
+
+Predictions for the AVX-512 kernel at d = 128, from its instruction counts, before it was first run: a tile of 8 rows
+by 48 keys does 24 multiply-adds for 11 loads, so the multiply-adds bound it; exponential, rectification and column sums
+add about 5 % of that and packing keys and values 2 to 4 %, so nine tenths of the multiply-add bound, above 75 % of
+torch.mm. bf16 is widened while packing, so it should cost what fp32 costs. Extra memory: H·Sk floats of partial sums
+and a quarter of a megabyte a thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import machine
+
+MATRIX = 3072  # side of the square product that stands for the machine's rate
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shape of one call; the rows are spread evenly over the keys when there are fewer of them."""
+
+    heads: int
+    key_heads: int
+    keys: int
+    width: int
+    dtype: str = "float32"
+    targets: int = 1
+    rows: int | None = None
+    causal: bool = True
+    twin: bool = True
+
+
+CASES = {
+    # Decoders' attention: LLaVA-1.5-7B (also at its 576 image tokens + 128 of text), Qwen2.5-VL-7B, SmolLM2-135M,
+    # PaliGemma's bidirectional prefix.
+    "llava-1.5-7b-1536": Case(32, 32, 1536, 128),
+    "llava-1.5-7b-1536-bf16": Case(32, 32, 1536, 128, dtype="bfloat16"),
+    "llava-1.5-7b-704": Case(32, 32, 704, 128),
+    "qwen2.5-vl-7b-1536": Case(28, 4, 1536, 128),
+    "smollm2-135m-1024": Case(9, 3, 1024, 64),
+    "smollm2-135m-1024-8-targets": Case(9, 3, 1024, 64, targets=8),
+    "paligemma-3b-512": Case(8, 1, 512, 256, causal=False),
+    # What a pruned sweep asks for: few rows against all keys.
+    "llava-1.5-7b-2048-100-rows": Case(32, 32, 2048, 128, rows=100),
+}
+DEFAULT = ("llava-1.5-7b-1536", "llava-1.5-7b-1536-bf16", "llava-1.5-7b-704")
+
+
+def build(case: Case) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the call; views of (B, S, H, d) tensors, as transformers passes them."""
+    import torch
+
+    from lvlm_fastxai import ops
+
+    generator = torch.Generator().manual_seed(0)
+    rows = case.keys if case.rows is None else case.rows
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(getattr(torch, case.dtype)).transpose(-3, -2)
+
+    query = normal(1, rows, case.heads, case.width)
+    key = normal(1, case.keys, case.key_heads, case.width)
+    value = normal(1, case.keys, case.key_heads, case.width)
+    grad_output = normal(1, case.targets, rows, case.heads, case.width)
+    weight = torch.rand(1, case.targets, rows, generator=generator)
+    positions = torch.linspace(0, case.keys - 1, rows).int()[None]
+    ranges = ops.key_ranges(1, rows, case.keys, causal=case.causal, query_positions=positions)
+    logsumexp = torch.empty(1, case.heads, rows)
+    visible = torch.arange(case.keys) < ranges[0, :, 1:]
+    for head in range(case.heads):
+        group = head // (case.heads // case.key_heads)
+        scores = query[0, head].float() @ key[0, group].float().T * case.width**-0.5
+        logsumexp[0, head] = scores.masked_fill(~visible, -torch.inf).logsumexp(-1)
+    return (query, key, value, grad_output, logsumexp, weight), {"key_ranges": ranges}
+
+
+def operations(case: Case, ranges: Any) -> float:
+    """Floating-point operations of the two products on the visible entries."""
+    visible = (ranges[..., 1] - ranges[..., 0]).clamp(min=0).sum().item()
+    return 2.0 * case.width * case.heads * visible * (1 + case.targets)
+
+
+def measure_time(name: str, rounds: int, backend: str | None) -> dict[str, float]:
+    """Medians over the rounds of one case."""
+    import torch
+
+    from lvlm_fastxai import ops
+
+    case = CASES[name]
+    arguments, options = build(case)
+    square = torch.randn(MATRIX, MATRIX)
+    calls: dict[str, Callable[[], object]] = {
+        "matrix_product": lambda: square @ square,
+        "ours": lambda: ops.relevancy_product(*arguments, **options, backend=backend),
+    }
+    if case.twin:
+        calls["twin"] = lambda: ops.relevancy_product(*arguments, **options, backend="reference")
+    if case.dtype != "float32":
+        wide = tuple(tensor.float() for tensor in arguments)
+        calls["float32"] = lambda: ops.relevancy_product(*wide, **options, backend=backend)
+    seconds: dict[str, list[float]] = {variant: [] for variant in calls}
+    for index in range(rounds + 1):
+        for variant, call in calls.items():
+            elapsed = machine.seconds(call, "cpu")
+            if index > 0:  # the first round fills caches and thread pools
+                seconds[variant].append(elapsed)
+
+    def ratio(numerator: str, denominator: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True))
+
+    work = operations(case, options["key_ranges"])
+    figures = {f"{variant}_seconds": statistics.median(values) for variant, values in seconds.items()}
+    figures["gflops"] = work / figures["ours_seconds"] / 1e9
+    figures["matrix_product_gflops"] = 2 * MATRIX**3 / figures["matrix_product_seconds"] / 1e9
+    figures["share_of_matrix_product_rate"] = ratio("matrix_product", "ours") * work / (2 * MATRIX**3)
+    if "twin" in calls:
+        figures["speedup_over_twin"] = ratio("twin", "ours")
+    if "float32" in calls:
+        figures["time_over_float32"] = ratio("ours", "float32")
+    return figures
+
+
+def measure_memory(name: str, variant: str, threads: int) -> int:
+    """Peak bytes that one call adds, in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.op", "--worker", name, variant, str(threads)]
+    environment = {**os.environ, **machine.MEMORY_ENVIRONMENT}
+    done = subprocess.run(command, env=environment, cwd=machine.ROOT, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def _memory_worker(name: str, variant: str, threads: int) -> int:
+    import torch
+
+    from lvlm_fastxai import ops
+
+    torch.set_num_threads(threads)
+    arguments, options = build(CASES[name])
+    backend = "reference" if variant == "twin" else None
+
+    def call() -> object:
+        return ops.relevancy_product(*arguments, **options, backend=backend)
+
+    call()  # what libraries and thread pools keep for good is not part of a call
+    return machine.peak_extra_bytes(call, "cpu")
+
+
+def run(names: list[str], rounds: int, threads: int, backend: str | None) -> dict[str, Any]:
+    """All figures of the named cases."""
+    results: dict[str, Any] = {}
+    for name in names:
+        figures: dict[str, float] = measure_time(name, rounds, backend)
+        figures["extra_bytes"] = measure_memory(name, "ours", threads)
+        if CASES[name].twin:
+            figures["twin_extra_bytes"] = measure_memory(name, "twin", threads)
+            figures["memory_over_twin"] = figures["extra_bytes"] / figures["twin_extra_bytes"]
+        results[name] = {"case": asdict(CASES[name]), **figures}
+        print(f"{name}\n" + "\n".join(f"  {key:30}{value:14.4g}" for key, value in figures.items()), flush=True)
+    return results
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--case", action="append", choices=[*CASES, "all"], help="repeatable; default LLaVA-1.5-7B's")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--backend", help="default: the first that serves the call")
+    parser.add_argument("--out", type=Path, help="results file (JSON)")
+
+
+def main(args: argparse.Namespace) -> int:
+    import torch
+
+    torch.set_num_threads(args.threads)
+    names = args.case or list(DEFAULT)
+    names = list(CASES) if "all" in names else names
+    results = {"machine": machine.describe(), "results": run(names, args.rounds, args.threads, args.backend)}
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    worker = argparse.ArgumentParser()
+    worker.add_argument("--worker", nargs=3, required=True)
+    case_name, kind, thread_count = worker.parse_args().worker
+    print(_memory_worker(case_name, kind, int(thread_count)))
