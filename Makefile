@@ -24,6 +24,8 @@ export PATH := $(abspath $(BIN)):$(PATH)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
+# Two pips in one environment get in each other's way.
+.NOTPARALLEL:
 .PHONY: help demo test test-floor lint cuda wheel evaluate benchmark train-tiny clean
 
 help:  ## list the commands
