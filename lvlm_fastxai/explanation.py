@@ -104,8 +104,9 @@ class Explanation:
 
     Example:
         >>> import lvlm_fastxai as fx
-        >>> from lvlm_fastxai.tiny import example_image
-        >>> explanation = fx.Explainer(*fx.load_tiny_lvlm())(example_image(), "how many objects are there?")
+        >>> from lvlm_fastxai import tiny
+        >>> explainer = fx.Explainer(*fx.load_tiny_lvlm())
+        >>> explanation = explainer(tiny.SAMPLE_IMAGE, tiny.SAMPLE_QUESTION)
         >>> explanation.image_map.shape == explanation.tokens[0].image_map.shape
         True
     """
@@ -223,8 +224,11 @@ class Explanation:
             ArgumentError: the directory cannot be written.
 
         Example:
-            >>> explanation.save("out")["report"]                              # doctest: +SKIP
-            PosixPath('out/report.html')
+            >>> import lvlm_fastxai as fx
+            >>> from lvlm_fastxai import tiny
+            >>> explanation = fx.Explainer(*fx.load_tiny_lvlm())(tiny.SAMPLE_IMAGE, tiny.SAMPLE_QUESTION)
+            >>> explanation.save("out/sample")["report"].name
+            'report.html'
         """
         from . import report
 

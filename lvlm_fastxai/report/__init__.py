@@ -269,7 +269,8 @@ def _how_to_read(explanation: Explanation) -> str:
     lines = [
         f"{exact} Values are raw: not rescaled, not thresholded. The colour scale runs from zero to the largest value "
         "of the token shown; “one scale for all tokens” keeps it fixed instead. “Raw grid” shows the patches as the "
-        "model has them; otherwise they are drawn smoothly through the same values.",
+        "model has them; otherwise they are drawn smoothly through the same values. The overlay is more transparent "
+        "where the value is small.",
         f"For the whole answer, maps and scores are the {ANSWER_DEFINITION}. "
         f"Its confidence is the {CONFIDENCE_DEFINITION}.",
         "“Where the relevancy lies” sums the raw values over the image, the question, the prompt's template (the words "
