@@ -102,8 +102,8 @@ Tensor relevancy_product(Tensor query, Tensor key, Tensor value, Tensor grad_out
   const int64_t columns = problem.targets * problem.keys;
   const int64_t heads = problem.batch * problem.heads;
   const int64_t block = kernel.key_block(problem);
-  const int64_t tasks = heads * ((problem.keys + block - 1) / block);
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  const int64_t blocks = (problem.keys + block - 1) / block;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), heads * blocks);
   const size_t scratch_floats = kernel.scratch_floats(problem);
   const Tensor partial = allocate(row, heads * columns);
   const Tensor scratch = allocate(row, threads * scratch_floats);
@@ -111,15 +111,15 @@ Tensor relevancy_product(Tensor query, Tensor key, Tensor value, Tensor grad_out
   float* scratch_data = scratch.mutable_data_ptr<float>();
 
   std::atomic<int64_t> next_task{0}, next_scratch{0};
-  // Tasks differ in cost (a causal mask leaves few rows to the last keys), so threads draw them one by one, the
-  // expensive first keys first.
+  // Tasks differ in cost (a causal mask leaves few rows to the last keys), so threads draw them one by one. The blocks
+  // of a head follow each other while its query and grad_output rows are still in the cache.
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     float* own_scratch = scratch_data + next_scratch.fetch_add(1) * scratch_floats;
-    for (int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      const int64_t sample = task % heads / problem.heads;
-      const int64_t head = task % problem.heads;
+    for (int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < heads * blocks;) {
+      const int64_t sample = task / blocks / problem.heads;
+      const int64_t head = task / blocks % problem.heads;
       const ActiveRows rows{lists.index.data() + lists.first[sample], lists.first[sample + 1] - lists.first[sample]};
-      kernel.run(problem, rows, sample, head, task / heads, own_scratch, partial_data + task % heads * columns);
+      kernel.run(problem, rows, sample, head, task % blocks, own_scratch, partial_data + task / blocks * columns);
     }
   });
   average_heads(problem, partial_data);

@@ -275,17 +275,22 @@ inline Floats rectified(Floats product) {
   return product < 0.0f ? Floats{} : product;
 }
 
+inline Ints count_lanes() {
+  Ints lanes = {};
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+  return lanes;
+}
+
 // Weighted column sums of a tile. kBoundary: some row does not see some key of it.
 template <int kVectors, bool kBoundary>
 struct ColumnSums {
   const RowGroup& group;
   const float* weight;
-  Ints first_lane = {};
+  Ints first_lane;
   Floats sum[kVectors] = {};
 
-  ColumnSums(const RowGroup& rows, const float* row_weight, int64_t first_key) : group(rows), weight(row_weight) {
-    for (int lane = 0; lane < kLanes; ++lane) first_lane[lane] = static_cast<int32_t>(first_key) + lane;
-  }
+  ColumnSums(const RowGroup& rows, const float* row_weight, int64_t first_key)
+      : group(rows), weight(row_weight), first_lane(count_lanes() + static_cast<int32_t>(first_key)) {}
 
   inline void add(int r, int v, Floats product) {
     Floats share = weight[r] * product;
