@@ -60,7 +60,7 @@ def state(model: torch.nn.Module) -> dict[str, Any]:
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()],
         "attention": [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")],
         "generation": model.generation_config.to_dict(),
-        "sum": sum(float(parameter.double().sum()) for parameter in model.parameters()),
+        "sum": sum(float(parameter.detach().double().sum()) for parameter in model.parameters()),
     }
 
 
