@@ -394,13 +394,13 @@ def test_estimated_operations_are_those_that_run(model, answer):
 
 
 def test_estimated_cost_is_of_the_right_size(model, processor, picture):
-    """Time within a factor of 6 in the best of three tries (the machine may be busy), memory within a factor of 3."""
+    """Time within a factor of 6 in the best of four tries (the machine may be busy), memory within a factor of 3."""
     ratios = []
     for memory in ("fast", "lean"):
         explainer = Explainer(model, processor, memory=memory)
-        estimate = explainer.estimate(picture, QUESTION, max_new_tokens=8)
-        runs = [explainer(picture, QUESTION, max_new_tokens=8) for _ in range(3)]
+        estimate = explainer.estimate(picture, QUESTION, max_new_tokens=4)
+        runs = [explainer(picture, QUESTION, max_new_tokens=4) for _ in range(2)]
         ratios += [sum(run.seconds.values()) / estimate.seconds for run in runs]
-        if runs[0].peak_bytes is not None and len(runs[0].tokens) == 8:
+        if runs[0].peak_bytes is not None and len(runs[0].tokens) == 4:
             assert 1 / 3 < max(run.peak_bytes for run in runs) / estimate.bytes < 3
     assert any(1 / 6 < ratio < 6 for ratio in ratios)
