@@ -62,12 +62,12 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
                 found.append(difference)
             for metric in METRICS:
                 if metric.name in ("pointing", "mass_ratio", "average_precision"):
-                    found.append(_by_group(groups, metric, f"{metric.title} by question kind, correct answers", "maps"))
+                    found.append(_by_group(groups, metric, "By question kind, correct answers", "maps"))
     words = result["summary"]["words"]
     if words:
         for metric in METRICS:
             if metric.name in ("pointing", "average_precision", "selectivity"):
-                found.append(_by_group(words, metric, f"{metric.title} by word of a right description", "words"))
+                found.append(_by_group(words, metric, "By word of a right description", "words"))
     return found
 
 
@@ -96,7 +96,7 @@ def _overall(group: Mapping[str, Any], title: str) -> Table:
     curves = group["methods"][next(iter(group["methods"]))].get("deletion")
     if curves:
         note += f" Deletion (lower is better) and insertion: {curves['maps']} right answers, kinds drawn evenly."
-    return Table(title, ["method", *(metric.title for metric in metrics)], [*rows, chance], note)
+    return Table(title, ["method", *(metric.heading for metric in metrics)], [*rows, chance], note)
 
 
 def _difference(group: Mapping[str, Any]) -> Table | None:
@@ -113,7 +113,7 @@ def _difference(group: Mapping[str, Any]) -> Table | None:
         for name, entry in methods.items()
     ]
     note = "Paired over the same questions; * where the 95 % interval excludes zero (not corrected for their number)."
-    header = ["method", *(metric.title for metric in metrics)]
+    header = ["method", *(metric.heading for metric in metrics)]
     return Table("Difference to chefer, correctly answered questions", header, rows, note)
 
 
@@ -130,7 +130,7 @@ def _by_group(groups: Mapping[str, Any], metric: Metric, title: str, unit: str) 
         for name, group in groups.items()
         if any(metric.name in group["methods"][method] for method in methods)
     ]
-    return Table(title, ["group", unit, *methods, "chance"], rows)
+    return Table(f"{title}: {metric.heading}", ["group", unit, *methods, "chance"], rows)
 
 
 def _with_interval(entry: Mapping[str, Any] | None, metric: Metric, *, signed: bool = False) -> str:

@@ -99,9 +99,9 @@ def _curves(axes: Any, result: Mapping[str, Any], name: str) -> None:
     axes.set_ylabel("probability of the answer")
     axes.set_title(f"{name} ({'lower' if name == 'deletion' else 'higher'} is better)", fontsize=11)
     axes.grid(alpha=0.3)
-    if result["curves"]:
-        axes.legend(fontsize=9)
-    else:
+    if name == "insertion" and result["curves"]:
+        axes.legend(fontsize=9, loc="lower right")
+    if not result["curves"]:
         axes.text(0.5, 0.5, "no curves", ha="center")
 
 

@@ -24,7 +24,7 @@ class Metric:
 
     Attributes:
         name: key in JSON and CSV.
-        title: heading.
+        title: in words, without unit.
         better: "higher" or "lower".
         percent: shown as a percentage.
         over: the score by whose mean the score's mean is divided, None for a plain mean.
@@ -36,6 +36,11 @@ class Metric:
     percent: bool = True
     over: str | None = None
     score: str = ""
+
+    @property
+    def heading(self) -> str:
+        """Title with its unit."""
+        return f"{self.title}, %" if self.percent else self.title
 
     @property
     def key(self) -> str:
