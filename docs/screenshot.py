@@ -1,6 +1,6 @@
 """python docs/screenshot.py REPORT: the README's pictures of a report, light and dark, into docs/images.
 
-Needs Chromium, its driver and selenium. The pictures are reduced to 256 colours: under 200 KB each.
+Needs Chromium, its driver and selenium.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ IMAGES = Path(__file__).with_name("images")
 
 
 def main(report: Path) -> None:
+    IMAGES.mkdir(exist_ok=True)
     options = webdriver.ChromeOptions()
     with tempfile.TemporaryDirectory() as profile:
         for argument in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync"):
@@ -36,7 +37,7 @@ def main(report: Path) -> None:
                 tokens = driver.find_elements(By.CSS_SELECTOR, ".token")[1:]
                 driver.execute_script("arguments[0].focus()", max(tokens, key=lambda token: len(token.text)))
                 picture = Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")
-                picture.quantize(256, dither=Image.Dither.NONE).save(IMAGES / f"report-{scheme}.png", optimize=True)
+                picture.save(IMAGES / f"report-{scheme}.png", optimize=True)
         finally:
             driver.quit()
 
