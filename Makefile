@@ -65,12 +65,13 @@ $(FLOOR): | $(DEV)
 
 FLOOR_TESTS := $(addprefix tests/test_, relevancy_product.py sweep.py oracles.py families.py)
 test-floor: | $(FLOOR) $(PACKAGE)  ## the tests that meet transformers, against the oldest supported one
+	@PYTHONPATH=$(FLOOR) $(BIN)/python -c 'from importlib.metadata import version; print("transformers", version("transformers"))'
 	PYTHONPATH=$(FLOOR) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --timeout 300 $(FLOOR_TESTS)
 
 lint: | $(DEV)  ## style, types, C++ layout
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 # setup.py's own build folder is used, so nothing that `make test` has compiled is compiled again.
