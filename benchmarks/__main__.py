@@ -9,6 +9,7 @@ import sys
 SUITES = {
     "end-to-end": ("benchmarks.end_to_end", "whole explanations against eager, forward + backward, and forward"),
     "op": ("benchmarks.op", "relevancy_product against its dense twin and this machine's matrix-product rate"),
+    "summary": ("benchmarks.summary", "the results files as the README's table and a plot"),
 }
 
 

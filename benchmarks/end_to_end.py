@@ -12,19 +12,13 @@ lean one layer's activations of eight and eight layer inputs, 18 %.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import machine
-
-OOM = "out of memory"
 
 
 @dataclass(frozen=True)
@@ -140,16 +134,8 @@ def measure_time(case: Case, variants: list[str], rounds: int, device: str) -> d
 
 
 def measure_memory(name: str, variant: str, device: str) -> int | str:
-    """Peak extra bytes of one variant in a fresh process, or ``OOM``."""
-    command = [sys.executable, "-m", "benchmarks.end_to_end", "--worker", name, variant, "--device", device]
-    environment = {**os.environ, **machine.MEMORY_ENVIRONMENT}
-    done = subprocess.run(command, cwd=machine.ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode == 0:
-        return int(done.stdout.split()[-1])
-    lost = done.stderr + done.stdout
-    if "can't allocate memory" in lost or "out of memory" in lost.lower() or "MemoryError" in lost:
-        return OOM
-    raise RuntimeError(f"{name}, {variant}: {done.stderr[-2000:]}")
+    """Peak extra bytes of one variant in a fresh process, or ``OUT_OF_MEMORY``."""
+    return machine.in_fresh_process("benchmarks.end_to_end", name, variant, device)
 
 
 def _memory_worker(name: str, variant: str, device: str) -> int:
@@ -168,16 +154,18 @@ def run(names: list[str], variants: list[str], rounds: int, device: str) -> dict
     for name in names:
         case = CASES[name]
         memory = {variant: measure_memory(name, variant, device) for variant in variants}
-        fits = [variant for variant in variants if memory[variant] != OOM]
+        fits = [variant for variant in variants if memory[variant] != machine.OUT_OF_MEMORY]
         times = measure_time(case, fits, rounds, device)
         base = memory["forward_backward"]
         results[name] = {
             "case": case.__dict__ | {},
             "variants": {
                 variant: {
-                    **times.get(variant, {"seconds": OOM}),
+                    **times.get(variant, {"seconds": machine.OUT_OF_MEMORY}),
                     "extra_bytes": memory[variant],
-                    "memory_ratio": memory[variant] / base if memory[variant] != OOM else OOM,  # type: ignore[operator]
+                    "memory_ratio": memory[variant] / base
+                    if memory[variant] != machine.OUT_OF_MEMORY
+                    else machine.OUT_OF_MEMORY,  # type: ignore[operator]
                 }
                 for variant in variants
             },
@@ -190,8 +178,8 @@ def table(name: str, result: dict[str, Any]) -> str:
     """One case as text: ratios to forward + activation-only backward."""
     lines = [name, f"  {'variant':18}{'seconds':>10}{'x fwd+bwd':>11}{'extra MiB':>11}{'x fwd+bwd':>11}"]
     for variant, figures in result["variants"].items():
-        if figures["extra_bytes"] == OOM:
-            lines.append(f"  {variant:18}{OOM:>10}")
+        if figures["extra_bytes"] == machine.OUT_OF_MEMORY:
+            lines.append(f"  {variant:18}{machine.OUT_OF_MEMORY:>14}")
             continue
         lines.append(
             f"  {variant:18}{figures['seconds']:10.3f}{figures['time_ratio']:11.3f}"
@@ -216,19 +204,14 @@ def main(args: argparse.Namespace) -> int:
     variants = args.variant or list(VARIANTS)
     if "forward_backward" not in variants:
         variants = ["forward_backward", *variants]
-    results = {
-        "machine": machine.describe(),
-        "results": run(args.case or ["decoder-704"], variants, args.rounds, args.device),
-    }
+    head = machine.describe()
+    results = run(args.case or ["decoder-704"], variants, args.rounds, args.device)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        machine.write_results(args.out, head, results)
     return 0
 
 
 if __name__ == "__main__":
     worker = argparse.ArgumentParser()
-    worker.add_argument("--worker", nargs=2, required=True)
-    worker.add_argument("--device", default="cpu")
-    given = worker.parse_args()
-    print(_memory_worker(*given.worker, given.device))
+    worker.add_argument("--worker", nargs=3, required=True, metavar=("CASE", "VARIANT", "DEVICE"))
+    print(_memory_worker(*worker.parse_args().worker))

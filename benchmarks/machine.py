@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +15,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
+OUT_OF_MEMORY = "out of memory"
+
 # glibc raises its mmap threshold when a large block is freed, after which freed memory stays in the process and the
 # peak of one step hides in the leftovers of the last. A fixed threshold gives every tensor back at once.
 MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def write_results(path: Path, head: dict[str, Any], results: dict[str, Any]) -> None:
+    """A results file: what it must be read with, then the figures."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": head, "results": results}, indent=1) + "\n")
 
 
 def describe() -> dict[str, Any]:
@@ -66,6 +76,19 @@ def _status_bytes(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def in_fresh_process(module: str, *arguments: str) -> int | str:
+    """The number that ``python -m MODULE --worker ARGUMENTS`` prints, or ``OUT_OF_MEMORY``."""
+    command = [sys.executable, "-m", module, "--worker", *arguments]
+    environment = {**os.environ, **MEMORY_ENVIRONMENT}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode == 0:
+        return int(done.stdout.split()[-1])
+    said = done.stderr + done.stdout
+    if "can't allocate memory" in said or "out of memory" in said.lower() or "MemoryError" in said:
+        return OUT_OF_MEMORY
+    raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
 
 
 def limit_memory(fraction: float = 0.8) -> None:

@@ -14,11 +14,7 @@ and a quarter of a megabyte a thread.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,12 +130,9 @@ def measure_time(name: str, rounds: int, backend: str | None) -> dict[str, float
     return figures
 
 
-def measure_memory(name: str, variant: str, threads: int) -> int:
+def measure_memory(name: str, variant: str, threads: int) -> int | str:
     """Peak bytes that one call adds, in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.op", "--worker", name, variant, str(threads)]
-    environment = {**os.environ, **machine.MEMORY_ENVIRONMENT}
-    done = subprocess.run(command, env=environment, cwd=machine.ROOT, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+    return machine.in_fresh_process("benchmarks.op", name, variant, str(threads))
 
 
 def _memory_worker(name: str, variant: str, threads: int) -> int:
@@ -162,7 +155,7 @@ def run(names: list[str], rounds: int, threads: int, backend: str | None) -> dic
     """All figures of the named cases."""
     results: dict[str, Any] = {}
     for name in names:
-        figures: dict[str, float] = measure_time(name, rounds, backend)
+        figures: dict[str, Any] = measure_time(name, rounds, backend)
         figures["extra_bytes"] = measure_memory(name, "ours", threads)
         if CASES[name].twin:
             figures["twin_extra_bytes"] = measure_memory(name, "twin", threads)
@@ -186,10 +179,10 @@ def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     names = args.case or list(DEFAULT)
     names = list(CASES) if "all" in names else names
-    results = {"machine": machine.describe(), "results": run(names, args.rounds, args.threads, args.backend)}
+    head = machine.describe()
+    results = run(names, args.rounds, args.threads, args.backend)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        machine.write_results(args.out, head, results)
     return 0
 
 

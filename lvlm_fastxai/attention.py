@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextvars
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -237,6 +238,18 @@ def _plan_for(
     return plan
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One library call: query (b,H,rows,d) · key, value (b,Hkv,keys,d) · bias (b,1,rows,keys) or None."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    causal: bool
+    bias: Tensor | None
+    scale: float
+
+
 class FlashAttention(torch.autograd.Function):
     """Attention over a plan's segments; its backward writes dO to the tape before it goes on."""
 
@@ -245,25 +258,18 @@ class FlashAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float, tape: LayerTape | None
     ) -> Tensor:
         library = _library(query)
-        outputs, logsumexps, extras = [], [], []
-        for index, segment in enumerate(plan.segments):
-            output, logsumexp, extra = library.forward(
-                *_slice(segment, query, key, value), segment.causal, plan.bias(index, query.dtype), scale
-            )
-            outputs.append(output)
-            logsumexps.append(logsumexp)
-            extras.append(extra)
-        if len(outputs) == 1 and outputs[0].shape == query.shape:
-            output, logsumexp = outputs[0], logsumexps[0]
+        parts = [library.forward(call) for call in _calls(plan, query, key, value, scale)]
+        if len(parts) == 1 and parts[0][0].shape == query.shape:
+            output, logsumexp, _ = parts[0]
         else:
             batch, heads, rows, width = query.shape
             output = query.new_zeros(batch, rows, heads, width).transpose(1, 2)
-            logsumexp = logsumexps[0].new_full((batch, heads, rows), -math.inf)
-            for segment, part, part_logsumexp in zip(plan.segments, outputs, logsumexps, strict=True):
+            logsumexp = query.new_full((batch, heads, rows), -math.inf, dtype=_accumulator(query.dtype))
+            for segment, (part, part_logsumexp, _) in zip(plan.segments, parts, strict=True):
                 output[segment.samples, :, segment.rows] = part
                 logsumexp[segment.samples, :, segment.rows] = part_logsumexp
         ctx.save_for_backward(query, key, value, output, logsumexp)
-        ctx.plan, ctx.scale, ctx.tape, ctx.extras = plan, scale, tape, extras
+        ctx.plan, ctx.scale, ctx.tape, ctx.extras = plan, scale, tape, [extra for _, _, extra in parts]
         if tape is not None:
             tape.calls += 1
             tape.query, tape.key, tape.value = query.detach(), key.detach(), value.detach()
@@ -277,20 +283,11 @@ class FlashAttention(torch.autograd.Function):
             ctx.tape.grad_output = grad_output
         library, plan = _library(query), ctx.plan
         parts = []
-        for index, segment in enumerate(plan.segments):
+        for segment, call, extra in zip(
+            plan.segments, _calls(plan, query, key, value, ctx.scale), ctx.extras, strict=True
+        ):
             rows = (segment.samples, slice(None), segment.rows)
-            parts.append(
-                library.backward(
-                    grad_output[rows],
-                    *_slice(segment, query, key, value),
-                    output[rows],
-                    logsumexp[rows],
-                    segment.causal,
-                    plan.bias(index, query.dtype),
-                    ctx.scale,
-                    ctx.extras[index],
-                )
-            )
+            parts.append(library.backward(call, grad_output[rows], output[rows], logsumexp[rows], extra))
         if len(parts) == 1 and parts[0][0].shape == query.shape and parts[0][1].shape == key.shape:
             return (*parts[0], None, None, None)
         grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
@@ -301,12 +298,30 @@ class FlashAttention(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _slice(segment: Segment, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    keys = (segment.samples, slice(None), segment.keys)
-    return query[segment.samples, :, segment.rows], key[keys], value[keys]
+def _calls(plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Iterator[Call]:
+    for index, segment in enumerate(plan.segments):
+        keys = (segment.samples, slice(None), segment.keys)
+        rows = query[segment.samples, :, segment.rows]
+        yield Call(rows, key[keys], value[keys], segment.causal, plan.bias(index, query.dtype), scale)
 
 
-def _library(query: Tensor) -> Any:
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _Library(Protocol):
+    """``forward`` gives the output, the logsumexp and whatever its own ``backward`` wants back."""
+
+    @staticmethod
+    def forward(call: Call) -> tuple[Tensor, Tensor, tuple]: ...
+
+    @staticmethod
+    def backward(
+        call: Call, grad: Tensor, output: Tensor, logsumexp: Tensor, extra: tuple
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def _library(query: Tensor) -> type[_Library]:
     if query.device.type == "cpu":
         return _CpuFlash
     if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0:
@@ -318,40 +333,31 @@ class _CpuFlash:
     """torch's CPU flash attention: any float dtype and width, grouped keys as they are."""
 
     @staticmethod
-    def forward(
-        query: Tensor, key: Tensor, value: Tensor, causal: bool, bias: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor, tuple]:
+    def forward(call: Call) -> tuple[Tensor, Tensor, tuple]:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return (*kernel(query, key, value, 0.0, causal, attn_mask=bias, scale=scale), ())
+        output, logsumexp = kernel(
+            call.query, call.key, call.value, 0.0, call.causal, attn_mask=call.bias, scale=call.scale
+        )
+        return output, logsumexp, ()
 
     @staticmethod
     def backward(
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        causal: bool,
-        bias: Tensor | None,
-        scale: float,
-        extra: tuple,
+        call: Call, grad: Tensor, output: Tensor, logsumexp: Tensor, extra: tuple
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return kernel(grad, query, key, value, output, logsumexp, 0.0, causal, attn_mask=bias, scale=scale)
+        forward = (call.query, call.key, call.value, output, logsumexp, 0.0, call.causal)
+        return kernel(grad, *forward, attn_mask=call.bias, scale=call.scale)
 
 
 class _Blocked:
     """Attention in matrix products of ``ROW_BLOCK`` rows, for devices and dtypes that torch's flash kernels refuse."""
 
     @staticmethod
-    def forward(
-        query: Tensor, key: Tensor, value: Tensor, causal: bool, bias: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor, tuple]:
-        key, value = _expand_groups(query, key, value)
+    def forward(call: Call) -> tuple[Tensor, Tensor, tuple]:
+        key, value = _expand_groups(call)
         outputs, logsumexps = [], []
-        for top in range(0, query.shape[2], ROW_BLOCK):
-            scores = _Blocked._scores(query, key, causal, bias, scale, top)
+        for top in range(0, call.query.shape[2], ROW_BLOCK):
+            scores = _Blocked._scores(call, key, top)
             logsumexp = scores.logsumexp(-1, keepdim=True)
             outputs.append((scores - logsumexp).exp().to(value.dtype) @ value)
             logsumexps.append(logsumexp[..., 0])
@@ -359,107 +365,71 @@ class _Blocked:
 
     @staticmethod
     def backward(
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        causal: bool,
-        bias: Tensor | None,
-        scale: float,
-        extra: tuple,
+        call: Call, grad: Tensor, output: Tensor, logsumexp: Tensor, extra: tuple
     ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, groups, keys, width = key.shape
-        key, value = _expand_groups(query, key, value)
-        accumulate = torch.promote_types(query.dtype, torch.float32)
+        key, value = _expand_groups(call)
+        query, dtype = call.query, _accumulator(call.query.dtype)
         grad_query = torch.empty_like(query)
-        grad_key, grad_value = (torch.zeros(key.shape, dtype=accumulate, device=key.device) for _ in range(2))
+        grad_key, grad_value = (torch.zeros(key.shape, dtype=dtype, device=key.device) for _ in range(2))
         for top in range(0, query.shape[2], ROW_BLOCK):
             rows = (slice(None), slice(None), slice(top, top + ROW_BLOCK))
-            scores = _Blocked._scores(query, key, causal, bias, scale, top)
-            probability = (scores - logsumexp[rows][..., None]).exp()
-            grad_probability = (grad[rows] @ value.mT).to(accumulate)
-            delta = (grad[rows].to(accumulate) * output[rows]).sum(-1, keepdim=True)
-            grad_scores = (probability * (grad_probability - delta) * scale).to(query.dtype)
+            probability = (_Blocked._scores(call, key, top) - logsumexp[rows][..., None]).exp()
+            grad_probability = (grad[rows] @ value.mT).to(dtype)
+            delta = (grad[rows].to(dtype) * output[rows]).sum(-1, keepdim=True)
+            grad_scores = (probability * (grad_probability - delta) * call.scale).to(query.dtype)
             grad_query[rows] = grad_scores @ key
             grad_key += grad_scores.mT @ query[rows]
             grad_value += probability.to(grad.dtype).mT @ grad[rows]
-        grad_key, grad_value = (
-            t.view(batch, groups, -1, keys, width).sum(2).to(query.dtype) for t in (grad_key, grad_value)
-        )
-        return grad_query, grad_key, grad_value
+        return grad_query, _sum_groups(call, grad_key), _sum_groups(call, grad_value)
 
     @staticmethod
-    def _scores(query: Tensor, key: Tensor, causal: bool, bias: Tensor | None, scale: float, top: int) -> Tensor:
-        block = query[:, :, top : top + ROW_BLOCK]
-        scores = (block @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scale
-        if causal:
-            row = torch.arange(top, top + block.shape[2], device=query.device)
-            hidden = torch.arange(key.shape[2], device=query.device) > row[:, None]
+    def _scores(call: Call, key: Tensor, top: int) -> Tensor:
+        block = call.query[:, :, top : top + ROW_BLOCK]
+        scores = (block @ key.mT).to(_accumulator(block.dtype)) * call.scale
+        if call.causal:
+            row = torch.arange(top, top + block.shape[2], device=block.device)
+            hidden = torch.arange(key.shape[2], device=block.device) > row[:, None]
             scores = scores.masked_fill(hidden, -math.inf)
-        return scores if bias is None else scores + bias[:, :, top : top + ROW_BLOCK]
+        return scores if call.bias is None else scores + call.bias[:, :, top : top + ROW_BLOCK]
 
 
 class _CudaFlash:
     """torch's CUDA flash attention for 16-bit inputs; a segment with a bias goes to :class:`_Blocked`."""
 
     @staticmethod
-    def forward(
-        query: Tensor, key: Tensor, value: Tensor, causal: bool, bias: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor, tuple]:
-        if bias is not None:
-            return _Blocked.forward(query, key, value, causal, bias, scale)
-        key, value = _expand_groups(query, key, value)
+    def forward(call: Call) -> tuple[Tensor, Tensor, tuple]:
+        if call.bias is not None:
+            return _Blocked.forward(call)
         output, logsumexp, *extra = torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, 0.0, causal, False, scale=scale
+            call.query, *_expand_groups(call), 0.0, call.causal, False, scale=call.scale
         )
         return output, logsumexp, tuple(extra[:6])
 
     @staticmethod
     def backward(
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        logsumexp: Tensor,
-        causal: bool,
-        bias: Tensor | None,
-        scale: float,
-        extra: tuple,
+        call: Call, grad: Tensor, output: Tensor, logsumexp: Tensor, extra: tuple
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if bias is not None:
-            return _Blocked.backward(grad, query, key, value, output, logsumexp, causal, bias, scale, extra)
-        batch, groups, keys, width = key.shape
-        wide_key, wide_value = _expand_groups(query, key, value)
-        cumulative_query, cumulative_key, most_query, most_key, seed, offset = extra
+        if call.bias is not None:
+            return _Blocked.backward(call, grad, output, logsumexp, extra)
+        *lengths, seed, offset = extra  # cumulative lengths (None here) and longest rows of query and key
+        forward = (call.query, *_expand_groups(call), output, logsumexp, *lengths, 0.0, call.causal, seed, offset)
         grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad.contiguous(),
-            query,
-            wide_key,
-            wide_value,
-            output,
-            logsumexp,
-            cumulative_query,
-            cumulative_key,
-            most_query,
-            most_key,
-            0.0,
-            causal,
-            seed,
-            offset,
-            scale=scale,
+            grad.contiguous(), *forward, scale=call.scale
         )
-        grad_key, grad_value = (t.view(batch, groups, -1, keys, width).sum(2) for t in (grad_key, grad_value))
-        return grad_query, grad_key, grad_value
+        return grad_query, _sum_groups(call, grad_key), _sum_groups(call, grad_value)
 
 
-def _expand_groups(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    repeats = query.shape[1] // key.shape[1]
+def _expand_groups(call: Call) -> tuple[Tensor, Tensor]:
+    """key, value (b, H, keys, d)."""
+    repeats = call.query.shape[1] // call.key.shape[1]
     if repeats == 1:
-        return key, value
-    return key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        return call.key, call.value
+    return call.key.repeat_interleave(repeats, dim=1), call.value.repeat_interleave(repeats, dim=1)
+
+
+def _sum_groups(call: Call, gradient: Tensor) -> Tensor:
+    """(b, H, keys, d) to (b, Hkv, keys, d)."""
+    return gradient.unflatten(1, (call.key.shape[1], -1)).sum(2).to(call.key.dtype)
 
 
 def register() -> None:

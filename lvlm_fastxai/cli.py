@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ArgumentError, FastXAIError
@@ -139,7 +140,10 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="picture file (PNG, JPEG, WebP, …)")
     parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
     parser.add_argument(
-        "--model", metavar="DIR", help="folder of a transformers checkpoint (default: the small model that is shipped)"
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="folder of a transformers checkpoint (default: the small model that is shipped)",
     )
     parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
     parser.add_argument(
@@ -255,56 +259,11 @@ def _backend(name: str | None) -> Iterator[None]:
 
 
 def _explainer(args: argparse.Namespace) -> Explainer:
+    from .checkpoint import load_checkpoint
     from .explainer import Explainer
 
-    model, processor = _load(args.model, args.device, args.dtype)
+    model, processor, _ = load_checkpoint(args.model, args.device, args.dtype)
     return Explainer(model, processor, method=args.method, memory=args.memory)
-
-
-def _load(folder: str | None, device: str, dtype: str) -> tuple[Any, Any]:
-    """Model and processor of a checkpoint folder, or the shipped ones; ArgumentError in one line if that fails."""
-    import torch
-    import transformers
-
-    from .picture import one_line
-
-    # Advice about optional packages would stand among our own lines.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ArgumentError(f"--device: '{device}' cannot be used here: {one_line(error)}") from error
-    model: Any
-    if folder is None:
-        from .tiny import load_tiny_lvlm
-
-        try:
-            model, processor = load_tiny_lvlm()
-        except FileNotFoundError as error:
-            raise ArgumentError(f"--model: {error}") from error
-        model = model if dtype == "auto" else model.to(getattr(torch, dtype))
-        return model.to(target), processor
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-        raise ArgumentError(f"--model: '{folder}' is no folder of a transformers checkpoint: it holds no config.json")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        if type(config) not in transformers.AutoModelForImageTextToText._model_mapping:
-            raise ArgumentError(
-                f"--model: '{folder}' holds a {config.model_type} model, which reads no images; "
-                "give an image-text-to-text checkpoint such as LLaVA"
-            )
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, dtype="auto" if dtype == "auto" else getattr(torch, dtype), local_files_only=True
-        )
-        processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-    # transformers, safetensors and tokenizers raise what they like on damaged or missing files.
-    except Exception as error:
-        if isinstance(error, FastXAIError):
-            raise
-        raise ArgumentError(f"--model: cannot load '{folder}': {one_line(error)}") from error
-    return model.eval().to(target), processor
 
 
 @contextmanager

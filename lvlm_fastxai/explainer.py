@@ -21,14 +21,13 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from . import families
+from . import families, ops
 from .cost import Estimate, estimate_cost
 from .errors import ArgumentError, FastXAIError, UnknownFamilyError, UnsupportedModelError
 from .explanation import ExplainedImage, Explanation, PromptToken, TokenExplanation
 from .methods import METHODS
-from .ops import _dispatch
 from .picture import load_picture, one_line
-from .relevancy import RelevancyRows, explain_rows
+from .relevancy import RelevancyRows, check_row_tolerance, explain_rows
 from .sweep import MEMORY_MODES
 
 __all__ = ["Estimate", "Explainer"]
@@ -82,8 +81,7 @@ class Explainer:
             raise ArgumentError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         if memory not in MEMORY_MODES:
             raise ArgumentError(f"memory: expected one of {', '.join(MEMORY_MODES)}, got {memory!r}")
-        if not 0.0 <= row_tolerance < 1.0:
-            raise ArgumentError(f"row_tolerance: expected 0 … 1, 1 excluded, got {row_tolerance}")
+        check_row_tolerance(row_tolerance)
         if prompt_template is not None and not {"{image}", "{question}"} <= set(_fields(prompt_template)):
             raise ArgumentError(
                 f"prompt_template: expected the fields {{image}} and {{question}}, got {prompt_template!r}"
@@ -368,7 +366,7 @@ class Explainer:
         """Name of the implementation that will run; BackendUnavailableError if the one asked for cannot."""
         if self.method == "raw_attention":
             return "torch (no kernel is needed)"
-        return _dispatch._select_name("relevancy_product", self.model.device, self.model.dtype)
+        return ops.chosen_backend("relevancy_product", self.model.device, self.model.dtype)
 
     def _reading(
         self, question: str, pictures: list[Image.Image], inputs: Mapping[str, Any], notes: list[str]

@@ -89,8 +89,7 @@ def explain_rows(
     prompt_length: int | Sequence[int] | None = None,
 ) -> RelevancyRows:
     """:func:`relevancy_rows` with the targets' logits and probabilities, which the same forward gives."""
-    if row_tolerance != 0:
-        raise ArgumentError(f"row_tolerance: only the exact sweep (0.0) is available, got {row_tolerance}")
+    check_row_tolerance(row_tolerance)
     # Inference tensors could not be saved for backward, so neither may be in the way of one.
     with torch.inference_mode(False):
         inputs = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
@@ -122,3 +121,13 @@ def _explain(
 def _vocabulary(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
     return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+
+
+def check_row_tolerance(row_tolerance: float) -> None:
+    """Refuse a sweep that this version does not have.
+
+    Raises:
+        ArgumentError: a tolerance other than 0.
+    """
+    if row_tolerance != 0:
+        raise ArgumentError(f"row_tolerance: only the exact sweep (0.0) is available, got {row_tolerance}")

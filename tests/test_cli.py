@@ -19,6 +19,7 @@ import transformers
 from models import build
 from PIL import Image
 
+import lvlm_fastxai.checkpoint
 from lvlm_fastxai import cli, explainer
 from lvlm_fastxai.tiny.model import build_model, build_processor, save_checkpoint
 
@@ -172,7 +173,7 @@ def test_absent_backend(run, checkpoint, picture, tmp_path, command, monkeypatch
 
 @pytest.mark.parametrize("below", ["", "sub"])
 def test_output_folder_is_tried_before_anything_is_computed(run, checkpoint, picture, tmp_path, monkeypatch, below):
-    monkeypatch.setattr(cli, "_load", lambda *unused: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(lvlm_fastxai.checkpoint, "load_checkpoint", lambda *unused: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / below
     expect_one_line(run("explain", picture, QUESTION, "--model", checkpoint, "--out", out), "output folder")

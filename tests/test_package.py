@@ -24,6 +24,7 @@ PACKAGE = ROOT / "lvlm_fastxai"
 FLOORS = (
     ("errors", "_native", "tiny"),
     ("reference", "triton_kernels", "families", "picture"),
+    ("checkpoint",),
     ("ops",),
     ("attention", "targets"),
     ("sweep",),
@@ -37,7 +38,7 @@ FLOORS = (
 # An explanation draws its own report, and a report shows an explanation: one room with two doors.
 SAME_ROOM = {"report": "explanation"}
 # Rooms that may know transformers: below and beside them everything is tensors or plain data.
-KNOW_TRANSFORMERS = {"attention", "explainer", "evaluate", "tiny", "info", "cli"}
+KNOW_TRANSFORMERS = {"attention", "checkpoint", "explainer", "evaluate", "tiny", "info", "cli"}
 
 
 def operators() -> list[str]:

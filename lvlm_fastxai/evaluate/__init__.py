@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError
-
 if TYPE_CHECKING:
     from .evaluation import Evaluation, Settings, evaluate
 
@@ -63,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """
     import torch
 
+    from ..checkpoint import load_checkpoint
     from ..explanation import prepare_directory
     from . import output, plot
     from .evaluation import Settings, evaluate
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     folder = prepare_directory(args.out)
     if args.document is not None:
         output.check_document(args.document)  # before minutes of work, not after
-    model, processor, source = load(args.model)
+    model, processor, source = load_checkpoint(args.model)
     say(
         f"{settings.scenes} held-out scenes, up to ten questions each; maps by {', '.join(settings.methods)}; "
         f"deletion and insertion for {settings.curves} of the questions that are answered right"
@@ -111,33 +110,6 @@ def run(args: argparse.Namespace) -> int:
     print(json.dumps(result, ensure_ascii=False) if args.json else "\n\n".join(t.text() for t in output.tables(result)))
     say(f"written to {folder}: {', '.join(written)} ({sum(evaluation.seconds.values()):.0f} s)")
     return 0
-
-
-def load(folder: Path | None) -> tuple[Any, Any, Path]:
-    """Model, processor and the folder they come from; the shipped LVLM when ``folder`` is None.
-
-    Raises:
-        ArgumentError: there is no checkpoint, or it cannot be loaded.
-    """
-    import transformers
-
-    from ..picture import one_line
-    from ..tiny import WEIGHTS, load_tiny_lvlm
-
-    # Advice about optional packages would stand among our own lines.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    source = WEIGHTS if folder is None else folder
-    if not (source / "config.json").is_file():
-        raise ArgumentError(f"--model: '{source}' is no folder of a transformers checkpoint: it holds no config.json")
-    try:
-        if folder is None:
-            return (*load_tiny_lvlm(), source)
-        model = transformers.AutoModelForImageTextToText.from_pretrained(source, local_files_only=True)
-        return model.eval(), transformers.AutoProcessor.from_pretrained(source, local_files_only=True), source
-    # transformers, safetensors and tokenizers raise what they like on damaged or missing files.
-    except Exception as error:
-        raise ArgumentError(f"--model: cannot load '{source}': {one_line(error)}") from error
 
 
 def fingerprint(folder: Path) -> str:

@@ -1,8 +1,8 @@
 """LVLM-Interpret's generation-time maps (Stan et al., 2024), reproduced on one teacher-forced pass.
 
 That tool takes a backward for every generated token while it generates. For token k it keeps the prompt rows of Ā from
-the first token's backward, takes row S0+j−1 from token j's, and normalises the one row of the product. So the product of
-token k is ``chefer``'s with the gradient
+the first token's backward, takes row S0+j−1 from token j's, and normalises the one row of the product. So the product
+of token k is ``chefer``'s with the gradient
 
     dÕ_i = dO_i of token 0's backward             for i < S0
     dÕ_i = dO_i of token (i − S0 + 1)'s own        for S0 ≤ i ≤ q*

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lvlm_fastxai.ops._dispatch import BACKENDS, backends, operators, use_backend
+from lvlm_fastxai.ops._dispatch import BACKENDS, backends, chosen_backend, operators, use_backend
 from lvlm_fastxai.ops.key_ranges import key_ranges
 from lvlm_fastxai.ops.relevancy_product import relevancy_product
 
-__all__ = ["BACKENDS", "backends", "key_ranges", "operators", "relevancy_product", "use_backend"]
+__all__ = ["BACKENDS", "backends", "chosen_backend", "key_ranges", "operators", "relevancy_product", "use_backend"]

@@ -113,7 +113,13 @@ def requested_backend() -> str | None:
 
 # Decided once at trace time under torch.compile, which can follow neither context variables nor the file system.
 @torch.compiler.assume_constant_result
-def _select_name(operator: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+def chosen_backend(operator: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+    """Name of the backend that would serve a call.
+
+    Raises:
+        ArgumentError: there is no backend of that name.
+        BackendUnavailableError: the backend that was asked for cannot serve the call.
+    """
     problem = Problem(device, dtype)
     implementations = _operators[operator]
     name = requested_backend() if backend is None else _check_name(backend, f"{operator}: `backend`")
@@ -137,5 +143,5 @@ def select(operator: str, query: Tensor, backend: str | None = None) -> Callable
         ArgumentError: there is no backend of that name.
         BackendUnavailableError: the backend that was asked for cannot serve the call.
     """
-    name = _select_name(operator, query.device, query.dtype, backend)
+    name = chosen_backend(operator, query.device, query.dtype, backend)
     return _operators[operator][name].run
