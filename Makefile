@@ -11,9 +11,11 @@ checksum = $(shell cat $(1) | cksum | tr ' ' '-')
 NATIVE_SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc triton_kernels -type f 2>/dev/null | LC_ALL=C sort)
 RUNTIME := $(VENV)/.stamp-runtime-$(call checksum,requirements/runtime.lock requirements/build.lock)
 DEV := $(VENV)/.stamp-dev-$(call checksum,requirements/dev.lock)
+
+# Compiling for every GPU is most of the build; on a machine without one only `make cuda` and `make wheel` do it.
+export LVLM_FASTXAI_CUDA ?= $(if $(shell command -v nvidia-smi 2>/dev/null),AUTO,OFF)
 BUILD_SWITCHES := $(LVLM_FASTXAI_NO_EXT) $(LVLM_FASTXAI_CUDA) $(LVLM_FASTXAI_CUDA_ARCHS) $(LVLM_FASTXAI_TORCH_DIR)
 PACKAGE := $(VENV)/.stamp-package-$(shell (cat $(NATIVE_SOURCES); echo '$(BUILD_SWITCHES)') | cksum | tr ' ' '-')
-
 # Threads that spin while they wait cost more than they bring when workers share cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 # Nothing here may reach for a model hub.
@@ -46,7 +48,7 @@ $(DEV): | $(RUNTIME)
 
 # Editable: the library is built in place, and Python sources are used where they lie.
 $(PACKAGE): | $(RUNTIME)
-	@echo 'building the native library (a minute; longer where nvcc compiles the CUDA kernels too)'
+	@echo 'building the native library'
 	$(PIP) install --no-build-isolation --no-deps --editable .
 	@rm -f $(VENV)/.stamp-package-* && touch $@
 
