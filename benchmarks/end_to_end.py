@@ -3,6 +3,8 @@
 Time: every variant once per round, all in one process, ratios taken within a round, medians over the rounds.
 Memory: every variant in a process of its own, peak resident memory above what the loaded model takes.
 
+Two eager baselines: with frozen parameters, the best it can be, and as published tools run it.
+
 Predictions, written before the first run (decoder 8 x 1024, 16 heads, S = 704, fp32, one target): a layer's matrix
 products are 18 GFLOP each way, its attention 1.0 forward and 2.5 backward, the relevancy product 1.0. So fast mode
 should cost 1.03x of forward + backward, and lean mode, which runs the forward twice, 1.5x. Memory: fast 1.0x of theirs;
@@ -43,7 +45,7 @@ CASES = {
     # SmolLM2-135M's decoder (the language model of SmolVLM-256M) at 1024 columns.
     "smollm2-135m-1024": Case(30, 576, 9, 3, 1536, 1024),
 }
-VARIANTS = ("forward", "forward_backward", "fast", "lean", "min", "eager")
+VARIANTS = ("forward", "forward_backward", "fast", "lean", "min", "eager", "eager_as_published")
 
 
 def build(case: Case, device: str) -> tuple[Any, dict[str, Any], list[tuple[int, int, int]]]:
@@ -95,20 +97,50 @@ def work(variant: str, model: Any, inputs: dict[str, Any], targets: list[tuple[i
     def eager() -> Any:
         model.set_attn_implementation("eager")
         leaf = embeddings.detach().requires_grad_()
-        output = model(inputs_embeds=leaf, use_cache=False, output_attentions=True)
+        output = model(inputs_embeds=leaf, use_cache=False, output_attentions=True, logits_to_keep=rows)
         found = []
-        for _, row, token in targets:
-            gradients = torch.autograd.grad(output.logits[0, row, token].float(), output.attentions, retain_graph=True)
+        for index, (_, row, token) in enumerate(targets):
+            logit = output.logits[0, index, token].float()
+            gradients = torch.autograd.grad(logit, output.attentions, retain_graph=index + 1 < len(targets))
             relevancy = torch.eye(embeddings.shape[1], device=embeddings.device)
             for attention, gradient in zip(output.attentions, gradients, strict=True):
                 relevancy = relevancy + (attention * gradient)[0].clamp(min=0).mean(0).float() @ relevancy
             found.append(relevancy[row])
         return found
 
+    def eager_as_published() -> Any:
+        # LVLM-Interpret takes backward(retain_graph=True) on a model as it was loaded: every parameter gets a gradient
+        # too, and no activation is let go.
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        model.set_attn_implementation("eager")
+        output = model(inputs_embeds=embeddings, use_cache=False, output_attentions=True, logits_to_keep=rows)
+        for attention in output.attentions:
+            attention.retain_grad()
+        found = []
+        for index, (_, _, token) in enumerate(targets):
+            model.zero_grad()
+            output.logits[0, index, token].float().backward(retain_graph=True)
+            relevancy = torch.eye(embeddings.shape[1], device=embeddings.device)
+            for attention in output.attentions:
+                relevancy = relevancy + (attention * attention.grad)[0].clamp(min=0).mean(0).float() @ relevancy
+                attention.grad = None
+            found.append(relevancy[rows[index]].detach())
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        return found
+
     def ours() -> Any:
         return fx.relevancy_rows(model, inputs, targets, memory=variant)
 
-    return {"forward": forward, "forward_backward": forward_backward, "eager": eager}.get(variant, ours)
+    others = {
+        "forward": forward,
+        "forward_backward": forward_backward,
+        "eager": eager,
+        "eager_as_published": eager_as_published,
+    }
+    return others.get(variant, ours)
 
 
 def measure_time(case: Case, variants: list[str], rounds: int, device: str) -> dict[str, dict[str, float]]:

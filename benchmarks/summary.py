@@ -19,7 +19,8 @@ NAMES = {
     "fast": "**explanation, `fast`**",
     "lean": "**explanation, `lean`**",
     "min": "**explanation, `min`**",
-    "eager": "eager relevancy, full R",
+    "eager": "eager relevancy, full R, parameters frozen",
+    "eager_as_published": "eager relevancy, full R, gradients to parameters too",
 }
 
 
