@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from . import attention
 from .attention import LayerTape, current_tape
@@ -103,7 +102,7 @@ class Sweep:
         self.input_gradients: list[Tensor] = []
         self.first_input: Tensor
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Sweep:
         with contextlib.ExitStack() as stack:
             stack.enter_context(prepared(self.model, self._decoder))
             stack.enter_context(self._store)
@@ -310,7 +309,7 @@ class _Store:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._count = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> _Store:
         return self
 
     def __exit__(self, *exception: object) -> None:
