@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from transformers import LlavaForConditionalGeneration
 from lvlm_fastxai.tiny import WEIGHTS, load_tiny_lvlm, scenes
 from lvlm_fastxai.tiny.accuracy import evaluate, held_out_pool, packed_accuracy, prior, show
 from lvlm_fastxai.tiny.data import (
+    GRID,
     IGNORE,
     KINDS,
     LABEL_NAMES,
@@ -58,42 +59,52 @@ SUBSET = 200
 _EASY_VQA_VALIDATION = 200
 
 
+def _setting(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What a run is made of; see ``--help`` for the meaning of each."""
+    """What a run is made of; ``--help`` prints the meaning of each."""
 
-    seed: int = 0
-    scenes: int = 60_000
-    vision_steps: int = 2_000
-    steps: int = 3_000
-    vision_batch: int = 48
-    batch: int = 12
-    parts: int = 4
-    questions: int = 14
-    easy_vqa_share: float = 0.12
-    vision_rate: float = 2e-3
-    rate: float = 1.5e-3
-    auxiliary_weight: float = 0.5
-    decay_share: float = 0.35
-    validate_every: int = 200
-    validation_scenes: int = 240
+    seed: int = _setting(0, "draws the scenes, the first weights and the order of everything")
+    scenes: int = _setting(60_000, "training scenes to render")
+    vision_steps: int = _setting(700, "steps of the first stage, in which the vision tower learns patch labels")
+    steps: int = _setting(5_000, "steps of the second stage, in which the whole model learns to answer")
+    vision_batch: int = _setting(48, "pictures per step of the first stage")
+    batch: int = _setting(12, "pictures per step of the second stage")
+    parts: int = _setting(4, "pieces a batch is cut into for the threads")
+    questions: int = _setting(14, "questions per picture and step, at most")
+    easy_vqa_share: float = _setting(0.25, "share of easy-VQA pictures in a batch")
+    vision_rate: float = _setting(2e-3, "peak learning rate of the first stage")
+    matrix_rate: float = _setting(4e-3, "peak learning rate of the second stage's matrices (Muon)")
+    rate: float = _setting(1.5e-3, "peak learning rate of everything else in the second stage (AdamW)")
+    auxiliary_weight: float = _setting(0.5, "weight of the patch labels in the second stage")
+    decay_share: float = _setting(0.35, "share of a stage in which the learning rate falls to zero")
+    validate_every: int = _setting(200, "steps between validations and checkpoints")
+    validation_scenes: int = _setting(240, "scenes of a validation")
 
 
 # What lies under each patch
 
 
 class PatchHeads(nn.Module):
-    """Linear read-outs of a patch state: presence, attributes, the object's centre. Not part of the shipped model."""
+    """Linear read-outs of a patch state: presence, attributes, the object's centre. Not part of the shipped model.
+
+    The centre is asked for twice, from the patch and from the middle of the picture: without the second the tower has
+    no reason to keep where a patch is, and questions about places and sides are learnt late.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.sizes = [len(LABEL_VALUES[name]) for name in LABEL_NAMES]
-        self.linear = nn.Linear(width, sum(self.sizes) + 3)
+        self.linear = nn.Linear(width, sum(self.sizes) + 5)
 
     def forward(self, states: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Logits per label name, and (B, patches, 3): centre logit and offset in units of 32 canvas pixels."""
+        """Logits per label name, and (B, patches, 5): centre logit, then the object's centre as seen from the patch and
+        from the middle of the picture, x and y in units of 32 canvas pixels."""
         out = self.linear(states.float())
-        return list(out[..., :-3].split(self.sizes, dim=-1)), out[..., -3:]
+        return list(out[..., :-5].split(self.sizes, dim=-1)), out[..., -5:]
 
 
 def patch_loss(
@@ -115,7 +126,11 @@ def patch_loss(
             loss = loss + nn.functional.cross_entropy(scores, truth)
             accuracy[name] = float((scores.argmax(-1) == truth).float().mean())
     owned = labels[..., 0] == 1
-    loss = loss + nn.functional.smooth_l1_loss(geometry[..., 1:][owned], offsets[owned] / 32.0)
+    side = scenes.CANVAS / GRID
+    middle = (torch.arange(GRID) + 0.5) * side - scenes.CANVAS / 2
+    patches = torch.stack(torch.meshgrid(middle, middle, indexing="xy"), -1).flatten(0, 1)  # (P, 2), x then y
+    places = torch.cat([offsets, offsets + patches], -1) / 32.0
+    loss = loss + 2 * nn.functional.smooth_l1_loss(geometry[..., 1:][owned], places[owned])
     hit = nn.functional.binary_cross_entropy_with_logits(geometry[..., 0], centers, pos_weight=torch.tensor(5.0))
     return loss + hit, accuracy
 
@@ -191,31 +206,41 @@ def _deal(rows: Sequence, parts: int) -> list[list]:
 
 
 class Optimizers:
-    """Muon for the matrices inside the layers, AdamW for everything else (embeddings, norms, biases, heads)."""
+    """Muon for the matrices inside the layers, AdamW for everything else (embeddings, norms, biases, heads).
 
-    def __init__(self, modules: Sequence[tuple[nn.Module, float]], rate: float, workers: Workers) -> None:
+    Args:
+        modules: each with a factor for its rates.
+        matrix_rate: Muon's peak rate, in AdamW's scale (an update's root mean square per unit of rate).
+        rate: AdamW's peak rate.
+    """
+
+    def __init__(
+        self, modules: Sequence[tuple[nn.Module, float]], matrix_rate: float, rate: float, workers: Workers
+    ) -> None:
         matrices: list[dict[str, Any]] = []
         others: list[dict[str, Any]] = []
         for module, factor in modules:
             for name, parameter in module.named_parameters():
                 hidden = parameter.ndim == 2 and ".layers." in f".{name}"
-                group = {"params": [parameter], "factor": factor, "lr": rate * factor}
+                # Where a patch is matters only to the second stage: these may move faster than the rest of the tower.
+                own = max(factor, 0.5) if "position_embedding" in name else factor
+                group = {"params": [parameter], "lr": own * (matrix_rate if hidden else rate)}
                 (matrices if hidden else others).append(group)
-        self.rate = rate
         self.workers = workers
         self.parameters = [p for group in matrices + others for p in group["params"]]
         self.each: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(part, lr=rate, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+            torch.optim.Muon(part, lr=matrix_rate, weight_decay=0.05, momentum=0.95, adjust_lr_fn="match_rms_adamw")
             for part in _deal(matrices, 2)
         ]
         self.each.append(torch.optim.AdamW(others, lr=rate, weight_decay=0.01, betas=(0.9, 0.98)))
+        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.each]
 
     def step(self, factor: float) -> None:
-        """One clipped update at ``factor`` times the peak rate; gradients are cleared."""
+        """One clipped update at ``factor`` times the peak rates; gradients are cleared."""
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer in self.each:
-            for group in optimizer.param_groups:
-                group["lr"] = self.rate * group["factor"] * factor
+        for optimizer, peaks in zip(self.each, self.peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
         list(self.workers.pool.map(lambda optimizer: optimizer.step(), self.each))
         for optimizer in self.each:
             optimizer.zero_grad(set_to_none=True)
@@ -288,7 +313,7 @@ def train_vision(
     """Stage one: the vision tower and the patch heads on the patch labels alone, in place."""
     tower = model.model.vision_tower
     num_easy = round(settings.easy_vqa_share * settings.vision_batch) if easy else 0
-    optimizers = Optimizers([(tower, 1.0), (heads, 1.0)], settings.vision_rate, workers)
+    optimizers = Optimizers([(tower, 1.0), (heads, 1.0)], settings.vision_rate, settings.vision_rate, workers)
     step = 0
     state_file = work / "vision.pt"
     if resume and state_file.is_file():
@@ -376,12 +401,13 @@ def train_answers(
     counts = [settings.batch - num_easy, num_easy][: len(pools)]
     optimizers = Optimizers(
         [
-            (model.model.vision_tower, 0.5),
+            (model.model.vision_tower, 0.2),
             (model.model.multi_modal_projector, 1.0),
             (model.model.language_model, 1.0),
             (model.lm_head, 1.0),
-            (heads, 0.5),
+            (heads, 0.2),
         ],
+        settings.matrix_rate,
         settings.rate,
         workers,
     )
@@ -554,8 +580,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    for name, default in asdict(Settings()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, metavar="N")
+    for option in fields(Settings):
+        flag, meaning = f"--{option.name.replace('_', '-')}", option.metadata["help"]
+        parser.add_argument(flag, type=type(option.default), default=option.default, metavar="N", help=meaning)
     parser.add_argument("--work", type=Path, default=Path(".cache/tiny"), help="scenes, state and log of the run")
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="where the checkpoint goes")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch, and processes that render")
