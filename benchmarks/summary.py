@@ -89,7 +89,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(2, len(cases), figsize=(4.4 * len(cases), 5.2), squeeze=False)
     for column, result in enumerate(cases):
         variants = result["variants"]
-        labels = [variant.replace("_", " + ") for variant in variants]
+        labels = ["forward + backward" if v == "forward_backward" else v.replace("_", " ") for v in variants]
         colors = ["#b5541c" if variant in ("fast", "lean", "min") else "#8a8f98" for variant in variants]
         for row, (key, title) in enumerate((("time_ratio", "time"), ("memory_ratio", "extra peak memory"))):
             axis = axes[row][column]
