@@ -8,6 +8,7 @@ boxes (left, top, right, bottom), in shares of the original picture's width and 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -258,12 +259,12 @@ def _mosaic(tiles: np.ndarray, rows: int, across: int) -> np.ndarray:
     return tiles.reshape(rows, across, height, width).swapaxes(1, 2).reshape(rows * height, across * width)
 
 
-class Layout:
+class Layout(ABC):
     """A rule; its fields name attributes of the configuration and processor outputs."""
 
+    @abstractmethod
     def layouts(self, prompt: Prompt) -> list[ImageLayout]:
         """One layout per picture of the sample, in the order of the prompt."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
