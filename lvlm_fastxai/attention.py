@@ -35,6 +35,10 @@ class LayerTape:
 
     query (B,H,Sq,d) · key, value (B,Hkv,Sk,d) · logsumexp (B,H,Sq) · key_ranges (B,Sq,2) int32 · scale ·
     grad_output (B,H,Sq,d): dO of the backward that ran last.
+
+    ``keys_only`` ends the layer with :class:`KeysTaken` as soon as its key and value, graph included, are on the tape.
+    ``given`` makes the layer's queries, a few rows of the sequence, attend to these (key, value, key_ranges) instead of
+    their own.
     """
 
     calls: int = 0
@@ -45,6 +49,12 @@ class LayerTape:
     key_ranges: Tensor | None = None
     scale: float = 1.0
     grad_output: Tensor | None = None
+    keys_only: bool = False
+    given: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+class KeysTaken(Exception):
+    """What ends a layer that was called for its keys and values alone."""
 
 
 # Which tape the attention of the layer now running writes to. A context variable, so that two threads that explain two
@@ -207,9 +217,18 @@ def attention(
         raise UnsupportedModelError(
             f"{type(module).__name__}: value width {value.shape[-1]} differs from query width {query.shape[-1]}"
         )
-    plan = _plan_for(module, query, key, attention_mask, is_causal)
+    tape = current_tape.get()
+    if tape is not None and tape.given is not None:
+        key, value, ranges = tape.given
+        plan = plan_attention(ranges)
+    else:
+        plan = _plan_for(module, query, key, attention_mask, is_causal)
+    if tape is not None and tape.keys_only:
+        tape.calls += 1
+        tape.key, tape.value, tape.key_ranges = key, value, plan.key_ranges
+        raise KeysTaken
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    output = FlashAttention.apply(query, key, value, plan, scale, current_tape.get())
+    output = FlashAttention.apply(query, key, value, plan, scale, tape)
     return output.transpose(1, 2).contiguous(), None
 
 

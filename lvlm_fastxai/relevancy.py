@@ -11,17 +11,21 @@ from torch import Tensor, nn
 
 from . import methods
 from .errors import ArgumentError
+from .pruning import Certificate
 from .sweep import Sweep
 from .targets import check_targets
 
 
 @dataclass(frozen=True)
 class RelevancyRows:
-    """rows (N, S) fp32 (fp64 for an fp64 model) · logits, probabilities (N,) of the targets."""
+    """rows (N, S) fp32 (fp64 for an fp64 model) · logits, probabilities (N,) of the targets · certificate: what a sweep
+    kept; None for a method without one · fallback: why a pruned sweep swept its layers whole; None if it did not."""
 
     rows: Tensor
     logits: Tensor
     probabilities: Tensor
+    certificate: Certificate | None = None
+    fallback: str | None = None
 
 
 def relevancy_rows(
@@ -31,7 +35,7 @@ def relevancy_rows(
     *,
     method: str = "chefer",
     memory: str = "fast",
-    row_tolerance: float = 0.0,
+    row_tolerance: float | str = 0.0,
     prompt_length: int | Sequence[int] | None = None,
 ) -> Tensor:
     """Relevancy of every position for each of N explained logits, without an S×S tensor.
@@ -47,7 +51,9 @@ def relevancy_rows(
         method: "chefer", "lvlm_interpret" (needs ``prompt_length``) or "raw_attention".
         memory: "fast" keeps activations, "lean" recomputes layer by layer, "min" also keeps the layer inputs off the
             device.
-        row_tolerance: 0, the exact sweep. (The pruned sweep is not in this version.)
+        row_tolerance: 0, the exact sweep. ε > 0, the pruned sweep: at every layer the rows that hold a share 1 − ε of
+            the gradient norm. "auto": pruned as far as the estimated error stays below the rounding error of the
+            model's dtype, which for fp32 and fp64 models means exact.
         prompt_length: column at which the answer starts; an integer, or one for each sample.
 
     Returns:
@@ -85,7 +91,7 @@ def explain_rows(
     *,
     method: str = "chefer",
     memory: str = "fast",
-    row_tolerance: float = 0.0,
+    row_tolerance: float | str = 0.0,
     prompt_length: int | Sequence[int] | None = None,
 ) -> RelevancyRows:
     """:func:`relevancy_rows` with the targets' logits and probabilities, which the same forward gives."""
@@ -93,7 +99,7 @@ def explain_rows(
     # Inference tensors could not be saved for backward, so neither may be in the way of one.
     with torch.inference_mode(False):
         inputs = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
-        return _explain(model, inputs, targets, method, memory, prompt_length)
+        return _explain(model, inputs, targets, method, memory, row_tolerance, prompt_length)
 
 
 def _explain(
@@ -102,6 +108,7 @@ def _explain(
     targets: Tensor | Sequence[tuple[int, int, int]],
     method: str,
     memory: str,
+    row_tolerance: float | str,
     prompt_length: int | Sequence[int] | None,
 ) -> RelevancyRows:
     chosen = methods.find(method)
@@ -109,13 +116,15 @@ def _explain(
     run = chosen(checked, inputs, prompt_length)
     # Without gradients there is nothing to keep: "lean" drops the activations, and the top layer is run once more.
     memory_of_forward = memory if chosen.needs_gradient or memory == "min" else "lean"
-    with Sweep(model, inputs, run.explained.row_table(), memory_of_forward) as sweep:
+    tolerance = row_tolerance if chosen.needs_gradient else 0.0
+    with Sweep(model, inputs, run.explained.row_table(), memory_of_forward, tolerance) as sweep:
         rows = run.rows(sweep)
         with torch.no_grad():
             logits = checked.select(sweep.logits, run.explained.rows_of_samples)
             token = torch.tensor(checked.token_ids, device=logits.device)[:, None]
             probabilities = logits.softmax(-1).gather(1, token)[:, 0]
-            return RelevancyRows(rows, logits.gather(1, token)[:, 0].detach(), probabilities.detach())
+            logit = logits.gather(1, token)[:, 0].detach()
+            return RelevancyRows(rows, logit, probabilities.detach(), run.certificate, sweep.fallback)
 
 
 def _vocabulary(model: nn.Module) -> int | None:
@@ -123,11 +132,15 @@ def _vocabulary(model: nn.Module) -> int | None:
     return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
 
 
-def check_row_tolerance(row_tolerance: float) -> None:
-    """Refuse a sweep that this version does not have.
+def check_row_tolerance(row_tolerance: float | str) -> None:
+    """Refuse what is no tolerance.
 
     Raises:
-        ArgumentError: a tolerance other than 0.
+        ArgumentError: neither "auto" nor a number from 0 (exact) to below 1.
     """
-    if row_tolerance != 0:
-        raise ArgumentError(f"row_tolerance: only the exact sweep (0.0) is available, got {row_tolerance}")
+    if row_tolerance == "auto":
+        return
+    if isinstance(row_tolerance, str) or not 0 <= row_tolerance < 1:
+        raise ArgumentError(
+            f'row_tolerance: expected "auto" or a number from 0 (exact) to below 1, got {row_tolerance!r}'
+        )

@@ -24,10 +24,25 @@ import torch
 from torch import Tensor, nn
 
 from . import attention
-from .attention import LayerTape, current_tape
+from .attention import KeysTaken, LayerTape, current_tape
 from .errors import ArgumentError, UnsupportedModelError
+from .pruning import (
+    ROUNDING_ERROR,
+    WHOLE_LAYER_SHARE,
+    Selection,
+    reason_against,
+    rows_of_call,
+    select_rows,
+    take_rows,
+    tolerances,
+)
 
 MEMORY_MODES = ("fast", "lean", "min")
+
+# (layer index, dO (B,H,n,d) of each slot, the rows (B,n) they stand at or None for all) -> (B,N',H,n,d)
+Collect = Callable[[int, list[Tensor], Tensor | None], Tensor]
+# (number of the slot, its gradient (B,S,D) at the layer's input, last=whether nothing will need this graph again)
+HandOn = Callable[..., None]
 
 
 @dataclass(slots=True)
@@ -35,7 +50,9 @@ class LayerStep:
     """One layer on the way down; its tensors are let go when the next step is asked for.
 
     query (B,H,Sq,d) · key, value (B,Hkv,Sk,d) · logsumexp (B,H,Sq) · key_ranges (B,Sq,2) int32 · scale ·
-    grad_output (B,N,H,Sq,d): dO of each slot of targets (or what ``collect`` made of them).
+    grad_output (B,N,H,Sq,d): dO of each slot of targets (or what ``collect`` made of them) · selection: None for all
+    rows. Where it is given, the query rows are ``selection.rows`` (B,N,n): each slot has rows of its own, so samples
+    and slots share the first axis, B·N long, and the targets' axis has length one; ``collect`` makes one slot of all.
     """
 
     index: int
@@ -46,6 +63,7 @@ class LayerStep:
     key_ranges: Tensor
     scale: float
     grad_output: Tensor
+    selection: Selection | None = None
 
     def _release(self) -> None:
         # The caller's loop variable would keep these alive while the next layer is recomputed, at lean mode's peak.
@@ -63,6 +81,7 @@ class _Layer:
     bridge: Tensor | None = None  # the input before it was made a leaf, where the model changed it between layers
     graph: Any = None  # the gradient edge of its output, which holds the layer's graph; kept in fast mode only
     boundary: Any = None  # the gradient edge at which the graph above this layer ends
+    keys: tuple[Tensor, Tensor, Tensor] | None = None  # key and value with their graph, key ranges: of a pruned sweep
     tape: LayerTape = field(default_factory=LayerTape)
 
 
@@ -74,8 +93,13 @@ class Sweep:
         inputs: keyword arguments of ``model.forward`` for B samples of S columns.
         query_rows: (B, R) int64, the rows whose logits are wanted.
         memory: "fast" keeps every layer's activations, "lean" only its input, "min" only its input off the device.
+        row_tolerance: ε of the pruned sweep, or "auto"; every layer's input is then all that the forward keeps, and
+            "fast" keeps the layers' keys and values from one descent to the next. 0 is exact.
 
     Attributes:
+        tolerances: what to try in turn, the last one whatever its error.
+        error_limit: the estimated error below which an earlier one will do.
+        fallback: why layers are swept whole although ``row_tolerance`` is not 0; None if they are not.
         logits: (B, R, V) at ``query_rows``, in the model's dtype.
         input_gradients: after a descent, one (B, S, D) gradient at the first layer's input per slot.
         first_input: (B, S, D) the first layer's input (the merged embeddings), after the descent.
@@ -85,14 +109,27 @@ class Sweep:
             attention.
     """
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Any], query_rows: Tensor, memory: str = "fast") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        query_rows: Tensor,
+        memory: str = "fast",
+        row_tolerance: float | str = 0.0,
+    ) -> None:
         if memory not in MEMORY_MODES:
             raise ArgumentError(f"memory: expected one of {', '.join(MEMORY_MODES)}, got {memory!r}")
         self.memory = memory
+        self.fallback: str | None = None
         self.model = model
         self.query_rows = query_rows
         self._inputs = {name: value for name, value in inputs.items() if name != "labels"}
         self._decoder, self._modules = find_decoder_layers(model)
+        shape = next(inputs[name].shape for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
+        dtype: Any = model.dtype
+        self.tolerances = tolerances(row_tolerance, dtype, shape[1])
+        self.error_limit = ROUNDING_ERROR.get(dtype, 0.0)
+        self._keep_graphs = memory == "fast" and self.tolerances == (0.0,)
         self._layers: list[_Layer] = []
         self._resources = contextlib.ExitStack()
         self._store = _Store()
@@ -135,14 +172,16 @@ class Sweep:
         slots: Sequence[Tensor],
         *,
         keep: bool = False,
-        collect: Callable[[int, list[Tensor]], Tensor] | None = None,
+        collect: Collect | None = None,
+        row_tolerance: float = 0.0,
     ) -> Iterator[LayerStep]:
         """Walk down from the top layer.
 
         Args:
             slots: N scalars, each a sum of explained logits of different samples; one backward each, over one forward.
             keep: keep the activations for another descent (fast mode; the others recompute anyway).
-            collect: ``(layer index, [dO (B,H,Sq,d) per slot]) -> (B,N',H,Sq,d)``; stacks by default.
+            collect: makes one dO of all slots'; they are stacked by default. The slots then share their rows.
+            row_tolerance: ε; one of ``tolerances``.
         """
         top = len(self._layers) - 1
         # gradients[n][l]: of slot n at the output of layer l. More than one entry is open only while a model feeds an
@@ -153,46 +192,134 @@ class Sweep:
         self.input_gradients = []
         for index in range(top, -1, -1):
             layer = self._layers[index]
-            leaf = self._recompute(layer) if layer.graph is None else layer.input
-            graph, tape = layer.graph, layer.tape
-            collected: list[Tensor] = []
-            for number in range(len(slots)):
-                last = not keep and number + 1 == len(slots)
-                gradient = gradients[number].pop(index, None)
-                if gradient is None:
-                    gradient = torch.zeros_like(leaf)
-                tape.grad_output = None
-                (gradient,) = torch.autograd.grad(graph, leaf, gradient, retain_graph=not last)
-                if tape.grad_output is None:
-                    raise UnsupportedModelError(f"decoder layer {index}: no gradient reaches its attention")
-                collected.append(tape.grad_output)
+
+            def hand_on(number: int, gradient: Tensor, *, last: bool, index: int = index) -> None:
+                bridge = self._layers[index].bridge
                 if index == 0:
                     self.input_gradients.append(gradient)
-                    self.first_input = leaf.detach()
-                elif layer.bridge is None:
+                elif bridge is None:
                     _accumulate(gradients[number], index - 1, gradient)
                 else:
-                    self._pull(layer.bridge, gradient, index - 1, gradients[number], keep=not last)
-                del gradient
-            step = LayerStep(
-                index,
-                tape.query,  # type: ignore[arg-type]
-                tape.key,  # type: ignore[arg-type]
-                tape.value,  # type: ignore[arg-type]
-                tape.logsumexp,  # type: ignore[arg-type]
-                tape.key_ranges,  # type: ignore[arg-type]
-                tape.scale,
-                _stack(collected) if collect is None else collect(index, collected),
-            )
-            collected.clear()
-            tape.grad_output = None
-            if not keep or self.memory != "fast":
+                    self._pull(bridge, gradient, index - 1, gradients[number], keep=not last)
+
+            incoming = [part.pop(index, None) for part in gradients]
+            selection = self._select(layer, incoming, row_tolerance, shared=collect is not None)
+            if selection is None:
+                step = self._whole(index, incoming, hand_on, keep, collect)
+            else:
+                step = self._part(index, incoming, selection, hand_on, keep, collect)
+            if not keep or not self._keep_graphs:
                 layer.graph, layer.tape = None, LayerTape()
+            if not keep or self.memory != "fast":
+                layer.keys = None
             if not keep:
                 layer.input = layer.bridge = None
-            del graph, tape, leaf
             yield step
             step._release()
+
+    def _whole(
+        self, index: int, incoming: list[Tensor | None], hand_on: HandOn, keep: bool, collect: Collect | None
+    ) -> LayerStep:
+        """Backward of every slot through all rows of a layer."""
+        layer = self._layers[index]
+        leaf = self._recompute(layer) if layer.graph is None else layer.input
+        tape, collected = layer.tape, []
+        for number in range(len(incoming)):
+            last = not keep and number + 1 == len(incoming)
+            gradient, incoming[number] = incoming[number], None
+            if gradient is None:
+                gradient = torch.zeros_like(leaf)
+            tape.grad_output = None
+            (gradient,) = torch.autograd.grad(layer.graph, leaf, gradient, retain_graph=not last)
+            collected.append(_grad_output(tape, index))
+            hand_on(number, gradient, last=last)
+            del gradient
+        if index == 0:
+            self.first_input = leaf.detach()
+        gathered = _stack(collected) if collect is None else collect(index, collected, None)
+        return _step(index, tape, gathered, None)
+
+    def _part(
+        self,
+        index: int,
+        incoming: list[Tensor | None],
+        selection: Selection,
+        hand_on: HandOn,
+        keep: bool,
+        collect: Collect | None,
+    ) -> LayerStep:
+        """Backward of every slot through the selected rows of a layer, recomputed, and through all keys and values."""
+        layer, rows = self._layers[index], selection.rows
+        leaf = self._store.get(layer.input)
+        if layer.keys is None:
+            layer.keys = self._take_keys(layer, leaf)
+        else:
+            leaf = layer.input
+        key, value, key_ranges = layer.keys
+        batch, slots = rows.shape[:2]
+
+        def fold(tensor: Tensor) -> Tensor:
+            return tensor.detach()[:, None].expand(-1, slots, *tensor.shape[1:]).flatten(0, 1).requires_grad_()
+
+        part = take_rows(leaf.detach(), rows).requires_grad_()
+        seen = fold(key), fold(value)
+        tape = LayerTape(given=(*seen, take_rows(key_ranges, rows)))
+        output = self._call(layer, tape, part, rows_of_call(layer.kwargs, rows, leaf.shape[1]))
+        gradient = torch.cat(
+            [
+                part.new_zeros(batch, *part.shape[1:]) if full is None else take_rows(full, rows[:, number, None])
+                for number, full in enumerate(incoming)
+            ],
+        )  # slot by slot, (N·B, n, D)
+        gradient = gradient.unflatten(0, (slots, batch)).transpose(0, 1).flatten(0, 1)
+        incoming.clear()
+        rows_gradient, *seen_gradients = torch.autograd.grad(output, (part, *seen), gradient)
+        del output, gradient, part, seen
+        tape.given = None
+        rows_gradient = rows_gradient.unflatten(0, (batch, slots))
+        key_gradient, value_gradient = (each.unflatten(0, (batch, slots)) for each in seen_gradients)
+        for number in range(slots):
+            last = not keep and number + 1 == slots
+            (down,) = torch.autograd.grad(
+                (key, value), leaf, (key_gradient[:, number], value_gradient[:, number]), retain_graph=not last
+            )
+            where = rows[:, number, :, None].expand(-1, -1, down.shape[-1])
+            hand_on(number, down.scatter_add(1, where, rows_gradient[:, number]), last=last)
+            del down
+        if index == 0:
+            self.first_input = leaf.detach()
+        grad_output = _grad_output(tape, index)
+        if collect is None:
+            return _step(index, tape, grad_output[:, None], selection)
+        by_slot = list(grad_output.unflatten(0, (batch, slots)).unbind(1))
+        first = slice(None, None, slots)
+        tape.query, tape.key, tape.value, tape.logsumexp, tape.key_ranges = (
+            each[first]  # type: ignore[index]
+            for each in (tape.query, tape.key, tape.value, tape.logsumexp, tape.key_ranges)
+        )
+        one = Selection(rows[:, :1], selection.counts[:, :1], selection.norms[:, :1])
+        return _step(index, tape, collect(index, by_slot, rows[:, 0]), one)
+
+    def _select(
+        self, layer: _Layer, incoming: list[Tensor | None], tolerance: float, *, shared: bool
+    ) -> Selection | None:
+        """Rows to keep, or None for all of them."""
+        if tolerance == 0 or self.fallback is not None:
+            return None
+        present = next(gradient for gradient in incoming if gradient is not None)
+        columns = present.shape[1]
+        reason = reason_against(layer.args, layer.kwargs, columns)
+        if reason is not None:
+            self.fallback = f"{type(layer.module).__name__}: {reason}"
+            return None
+        norms = [
+            present.new_zeros(present.shape[:2], dtype=torch.float32)
+            if gradient is None
+            else torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
+            for gradient in incoming
+        ]
+        selection = select_rows(torch.stack(norms, dim=1), tolerance, shared=shared)
+        return selection if selection.rows.shape[-1] <= WHOLE_LAYER_SHARE * columns else None
 
     def _pull(
         self, tensor: Tensor, gradient: Tensor | None, below: int, into: dict[int, Tensor], *, keep: bool
@@ -240,7 +367,7 @@ class Sweep:
             layer.bridge = hidden
         self._last_output = None
         self._layers.append(layer)
-        if self.memory == "fast":
+        if self._keep_graphs:
             current_tape.set(layer.tape)
         else:
             if self.memory == "min":
@@ -253,9 +380,9 @@ class Sweep:
         current_tape.set(None)
         layer = self._layers[-1]
         hidden = output[0] if isinstance(output, tuple) else output
-        if self.memory == "fast":
+        if self._keep_graphs:
             layer.graph = torch.autograd.graph.get_gradient_edge(hidden)
-            self._check_tape(layer)
+            self._check_tape(layer.tape, layer)
         self._last_output = _Boundary.apply(self._anchor, hidden.detach())
         layer.boundary = torch.autograd.graph.get_gradient_edge(self._last_output)
         return (self._last_output, *output[1:]) if isinstance(output, tuple) else self._last_output
@@ -264,22 +391,57 @@ class Sweep:
         """Run one layer again with its graph; returns the leaf its input was."""
         leaf = self._store.get(layer.input)
         layer.tape = LayerTape()
-        token = current_tape.set(layer.tape)
-        try:
-            output = layer.module(leaf, *layer.args, **layer.kwargs)
-        finally:
-            current_tape.reset(token)
-        self._check_tape(layer)
-        layer.graph = torch.autograd.graph.get_gradient_edge(output[0] if isinstance(output, tuple) else output)
+        output = self._call(layer, layer.tape, leaf, layer.kwargs)
+        layer.graph = torch.autograd.graph.get_gradient_edge(output)
         return leaf
 
-    def _check_tape(self, layer: _Layer) -> None:
-        if layer.tape.calls != 1:
+    def _call(self, layer: _Layer, tape: LayerTape, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        token = current_tape.set(tape)
+        try:
+            output = layer.module(hidden, *layer.args, **kwargs)
+        finally:
+            current_tape.reset(token)
+        self._check_tape(tape, layer)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _take_keys(self, layer: _Layer, leaf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """key and value (B, Hkv, S, d) of all rows with the graph that leads to ``leaf``, and the rows' key ranges."""
+        tape = LayerTape(keys_only=True)
+        with contextlib.suppress(KeysTaken):
+            self._call(layer, tape, leaf, layer.kwargs)
+        self._check_tape(tape, layer)
+        if self.memory == "fast":
+            layer.input = leaf
+        return tape.key, tape.value, tape.key_ranges  # type: ignore[return-value]
+
+    def _check_tape(self, tape: LayerTape, layer: _Layer) -> None:
+        if tape.calls != 1:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__}: a decoder layer ({type(layer.module).__name__}) called the registered "
-                f"attention {layer.tape.calls} times instead of once; its attention cannot be registered with "
+                f"attention {tape.calls} times instead of once; its attention cannot be registered with "
                 "transformers' AttentionInterface, or it is not a plain self-attention decoder"
             )
+
+
+def _grad_output(tape: LayerTape, index: int) -> Tensor:
+    if tape.grad_output is None:
+        raise UnsupportedModelError(f"decoder layer {index}: no gradient reaches its attention")
+    grad_output, tape.grad_output = tape.grad_output, None
+    return grad_output
+
+
+def _step(index: int, tape: LayerTape, grad_output: Tensor, selection: Selection | None) -> LayerStep:
+    return LayerStep(
+        index,
+        tape.query,  # type: ignore[arg-type]
+        tape.key,  # type: ignore[arg-type]
+        tape.value,  # type: ignore[arg-type]
+        tape.logsumexp,  # type: ignore[arg-type]
+        tape.key_ranges,  # type: ignore[arg-type]
+        tape.scale,
+        grad_output,
+        selection,
+    )
 
 
 def _stack(grad_outputs: list[Tensor]) -> Tensor:

@@ -166,3 +166,55 @@ def raw_attention_rows(model: nn.Module, inputs: Mapping[str, Any], targets: Seq
 def relative_error(found: Tensor, truth: Tensor) -> Tensor:
     """(N,) L1 distance of each row from the truth, self entry and all, over the truth's L1 norm."""
     return (found.double() - truth.double()).abs().sum(-1) / truth.double().abs().sum(-1)
+
+
+def pruned_chefer_row(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    target: Target,
+    tolerance: float,
+    rows_kept: Sequence[int] | None = None,
+) -> tuple[Tensor, list[int]]:
+    """The pruned sweep's row (S,), and how many rows each layer kept, bottom layer first.
+
+    After the definition, with nothing left out of any matrix: the gradient at a layer's output loses all rows but the
+    smallest set that holds a share 1 − `tolerance` of their norms (`rows_kept`: as many of the largest as that says).
+    """
+    sample, query_row, _ = target
+    layers = next(m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList))
+    kept_rows: list[Tensor | None] = [None] * len(layers)
+
+    def keep(gradient: Tensor, index: int) -> Tensor:
+        norms = gradient[sample].norm(dim=-1)
+        largest = norms.argsort(descending=True)
+        held = norms[largest].cumsum(0)
+        count = int((held < (1 - tolerance) * held[-1]).sum()) + 1
+        if rows_kept is not None:
+            assert rows_kept[index] >= count
+            count = rows_kept[index]
+        mask = torch.zeros_like(norms, dtype=torch.bool)
+        mask[largest[:count]] = True
+        kept_rows[index] = mask
+        return gradient * mask[:, None]
+
+    def catch(index: int) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden.register_hook(lambda gradient: keep(gradient, index))
+
+        return hook
+
+    handles = [layer.register_forward_hook(catch(index)) for index, layer in enumerate(layers)]
+    try:
+        logits, kept = forward(model, inputs)
+        matrices = relevance(kept, gradients(logits, kept, target), sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    row = torch.zeros_like(matrices[0][0])
+    row[query_row] = 1
+    for index in reversed(range(len(matrices))):
+        mask = kept_rows[index]
+        assert mask is not None
+        row = row + (row * mask) @ matrices[index]
+    return row.detach(), [int(mask.sum()) for mask in kept_rows if mask is not None]

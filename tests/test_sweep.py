@@ -235,7 +235,9 @@ def test_bad_targets(llava: tuple[nn.Module, dict[str, Any]], targets: Any, mess
     [
         ({"method": "magic"}, ArgumentError, "chefer, lvlm_interpret, raw_attention"),
         ({"memory": "none"}, ArgumentError, "fast, lean, min"),
-        ({"row_tolerance": 0.1}, ArgumentError, "row_tolerance"),
+        ({"row_tolerance": 1.0}, ArgumentError, "row_tolerance"),
+        ({"row_tolerance": -0.1}, ArgumentError, "row_tolerance"),
+        ({"row_tolerance": "some"}, ArgumentError, "row_tolerance"),
         ({"method": "lvlm_interpret"}, ArgumentError, "prompt_length"),
         ({"method": "lvlm_interpret", "prompt_length": 0}, ArgumentError, "prompt_length"),
     ],

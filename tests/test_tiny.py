@@ -274,7 +274,7 @@ def test_packed_logits_are_those_of_single_questions(untrained):
     table = tokenize(pool)
     with torch.inference_mode():
         packed = pack([(table, np.arange(table.first[row], table.first[row + 1])) for row in range(2)])
-        logits, _ = answer_logits(model, normalize(pool.images), packed)
+        logits, _, _ = answer_logits(model, normalize(pool.images), packed)
         at = 0
         for row in range(2):
             for q in range(table.first[row], table.first[row + 1]):

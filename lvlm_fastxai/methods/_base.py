@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..sweep import LayerStep, Sweep
+from ..pruning import Certificate, Ledger
+from ..sweep import Collect, LayerStep, Sweep
 from ..targets import Targets
 
 # Gradients of further targets that are held at once, one (B, S, D) tensor each; more targets go in several descents.
@@ -26,6 +27,7 @@ class Method(ABC):
         prompt_length: column at which the answer starts, one for all samples or one each; where a method needs it.
 
     Attributes:
+        certificate: what the sweep kept of each target; None before it, and for a method without a sweep.
         explained: the logits whose gradients the method takes; the targets themselves unless a method needs more.
 
     Raises:
@@ -41,30 +43,82 @@ class Method(ABC):
     ) -> None:
         self.targets = targets
         self.explained = targets
+        self.certificate: Certificate | None = None
 
     @abstractmethod
     def rows(self, sweep: Sweep) -> Tensor:
         """(N, S) relevancy of every column for every target, self entry included; fp32 (fp64 for an fp64 model)."""
 
+    def swept(
+        self,
+        sweep: Sweep,
+        scalars: Sequence[Tensor],
+        slots: Sequence[Sequence[int]],
+        *,
+        keep: bool = False,
+        collect: Collect | None = None,
+    ) -> Tensor:
+        """(B, n, S) rows of ``slots`` after a descent; arguments as in :meth:`Sweep.descend`.
+
+        Where the sweep has several tolerances to try, the first whose estimated error is below the dtype's rounding.
+        """
+        *attempts, last = sweep.tolerances
+        for tolerance in (*attempts, last):
+            row, ledger = self.targets.start_rows(slots, sweep.logits.device, row_dtype(sweep)), Ledger()
+            final = tolerance == last
+            for step in sweep.descend(scalars, keep=keep or not final, collect=collect, row_tolerance=tolerance):
+                row = advance(row, step, ledger)
+            if final or bool((ledger.close(row)[2] <= sweep.error_limit).all()):
+                break
+        self._enter(ledger, row, slots)
+        return row
+
+    def _enter(self, ledger: Ledger, row: Tensor, slots: Sequence[Sequence[int]]) -> None:
+        """Take what a descent over ``slots`` has kept into the method's certificate."""
+        kept, dropped, error = ledger.close(row)
+        if self.certificate is None:
+            count, layers = len(self.targets), kept.shape[-1]
+            self.certificate = Certificate(
+                torch.zeros(count, layers, dtype=torch.int64), torch.zeros(count, layers), torch.zeros(count)
+            )
+        for found, into in (
+            (kept, self.certificate.rows_kept),
+            (dropped, self.certificate.dropped),
+            (error, self.certificate.error),
+        ):
+            self.targets.scatter(found, slots, into)
+
     def empty_rows(self, sweep: Sweep) -> Tensor:
         """(N, S) zeros for the result."""
-        dtype = torch.float64 if sweep.logits.dtype == torch.float64 else torch.float32
-        return torch.zeros(len(self.targets), self.targets.columns, dtype=dtype, device=sweep.logits.device)
+        shape = len(self.targets), self.targets.columns
+        return torch.zeros(shape, dtype=row_dtype(sweep), device=sweep.logits.device)
 
 
-def advance(row: Tensor, step: LayerStep) -> Tensor:
+def row_dtype(sweep: Sweep) -> torch.dtype:
+    """Of running rows and results."""
+    return torch.float64 if sweep.logits.dtype == torch.float64 else torch.float32
+
+
+def advance(row: Tensor, step: LayerStep, ledger: Ledger) -> Tensor:
     """row + row @ mean_h max(0, dP_h ∘ P_h): the running rows (B, N, S) one layer further down."""
     row = row.to(step.query.device)
-    return row + ops.relevancy_product(
+    weights = row
+    if step.selection is not None:
+        rows = step.selection.rows
+        weights = row.gather(2, rows.expand(-1, row.shape[1], -1)).reshape(step.query.shape[0], -1, rows.shape[-1])
+    product = ops.relevancy_product(
         step.query,
         step.key,
         step.value,
         step.grad_output,
         step.logsumexp,
-        row,
+        weights,
         scale=step.scale,
         key_ranges=step.key_ranges,
     )
+    product = product.view_as(row)
+    ledger.enter(step.selection, row, product)
+    return row + product
 
 
 def slots_at_once(sweep: Sweep, targets: Targets) -> int:

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..sweep import Sweep
-from ._base import Method, advance, slots_at_once
+from ._base import Method, slots_at_once
 
 
 class Chefer(Method):
@@ -24,8 +24,6 @@ class Chefer(Method):
         chunk = slots_at_once(sweep, targets)
         for first in range(0, len(slots), chunk):
             part = slice(first, first + chunk)
-            row = targets.start_rows(slots[part], result.device, result.dtype)
-            for step in sweep.descend(scalars[part], keep=first + chunk < len(slots)):
-                row = advance(row, step)
+            row = self.swept(sweep, scalars[part], slots[part], keep=first + chunk < len(slots))
             targets.scatter(row, slots[part], result)
         return result

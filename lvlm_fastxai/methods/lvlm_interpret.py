@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..sweep import Sweep
 from ..targets import Targets
-from ._base import Method, advance
+from ._base import Method
 
 
 class LvlmInterpret(Method):
@@ -73,17 +73,17 @@ class LvlmInterpret(Method):
     def rows(self, sweep: Sweep) -> Tensor:
         targets, chain, result = self.targets, self.explained, self.empty_rows(sweep)
 
-        def join(layer: int, grad_outputs: list[Tensor]) -> Tensor:
+        def join(layer: int, grad_outputs: list[Tensor], rows: Tensor | None) -> Tensor:
             joined = grad_outputs[0].clone()
             for number, slot in enumerate(chain.slots[1:], start=1):
                 for token in slot:
                     sample, row = chain.samples[token], chain.query_rows[token]
-                    joined[sample, :, row] = grad_outputs[number][sample, :, row]
-            return joined[:, None]  # (B, 1, H, S, d): one gradient for all rows
+                    # The slots share their rows, the union of what each keeps.
+                    at = row if rows is None else rows[sample] == row
+                    joined[sample, :, at] = grad_outputs[number][sample, :, at]
+            return joined[:, None]  # (B, 1, H, n, d): one gradient for all rows
 
-        row = targets.start_rows(targets.slots, result.device, result.dtype)
-        for step in sweep.descend(chain.scalars(sweep.logits), collect=join):
-            row = advance(row, step)
+        row = self.swept(sweep, chain.scalars(sweep.logits), targets.slots, collect=join)
         targets.scatter(row, targets.slots, result)
         return normalise(result, targets)
 

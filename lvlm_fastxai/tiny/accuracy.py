@@ -37,7 +37,7 @@ def packed_accuracy(
     for start in range(0, len(pool), batch):
         rows = np.arange(start, min(start + batch, len(pool)))
         packed = pack([(table, np.arange(table.first[row], table.first[row + 1])) for row in rows])
-        logits, _ = answer_logits(model, normalize(pool.images[rows]), packed)
+        logits, _, _ = answer_logits(model, normalize(pool.images[rows]), packed)
         wrong = (logits.argmax(-1) != packed.targets).long()
         errors = torch.zeros(len(packed.kinds), dtype=torch.long).index_add_(0, packed.owner, wrong)
         np.add.at(asked, packed.kinds.numpy(), 1)

@@ -92,6 +92,8 @@ class Packed:
         owner: (A,) int64, running number of the question it belongs to.
         weight: (A,) fp32, such that a question of n answer tokens counts √n in the loss.
         kinds: (Q,) int64, kind of each question.
+        starts: (Q,) int64, where in its sequence each question begins.
+        blocks: how many questions each sequence holds.
     """
 
     input_ids: torch.Tensor
@@ -102,6 +104,8 @@ class Packed:
     owner: torch.Tensor
     weight: torch.Tensor
     kinds: torch.Tensor
+    starts: torch.Tensor
+    blocks: list[int]
 
 
 def pack(questions: Sequence[tuple[TokenizedQuestions, np.ndarray]]) -> Packed:
@@ -119,6 +123,7 @@ def pack(questions: Sequence[tuple[TokenizedQuestions, np.ndarray]]) -> Packed:
     block = np.full((len(questions), size), -1, dtype=np.int64)
     rows, targets, owner, weight = [], [], [], []
     kinds: list[int] = []
+    starts: list[int] = []
     for b, (table, chosen) in enumerate(questions):
         input_ids[b, : len(prefix)] = prefix
         position_ids[b, : len(prefix)] = np.arange(len(prefix))
@@ -134,6 +139,7 @@ def pack(questions: Sequence[tuple[TokenizedQuestions, np.ndarray]]) -> Packed:
             owner.append(np.full(length - answer, len(kinds)))
             weight.append(np.full(length - answer, 1 / math.sqrt(length - answer), dtype=np.float32))
             kinds.append(int(table.kind[q]))
+            starts.append(at)
             at += length
     blocks = torch.from_numpy(block)
     order = torch.arange(size)
@@ -148,15 +154,19 @@ def pack(questions: Sequence[tuple[TokenizedQuestions, np.ndarray]]) -> Packed:
         owner=torch.from_numpy(np.concatenate(owner)),
         weight=torch.from_numpy(np.concatenate(weight)),
         kinds=torch.tensor(kinds),
+        starts=torch.tensor(starts),
+        blocks=[len(chosen) for _, chosen in questions],
     )
 
 
 def answer_logits(
     model: LlavaForConditionalGeneration, pixel_values: torch.Tensor, packed: Packed
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (A, vocabulary) at ``packed.rows`` and the tower's patch states (B, patches, width).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits (A, vocabulary) at ``packed.rows``, the tower's patch states (B, patches, width), and the decoder's states
+    (B, S, width) after half of its layers.
 
-    The same modules in the same order as ``model.forward``, with the tower run once for both results.
+    The same modules in the same order as ``model.forward``. Spelt out because ``output_hidden_states`` patches the
+    modules while it runs, which two threads must not do at once.
     """
     llava = model.model
     states = llava.vision_tower(pixel_values=pixel_values).last_hidden_state[:, 1:]
@@ -164,10 +174,15 @@ def answer_logits(
     embeddings = model.get_input_embeddings()(packed.input_ids)
     where = packed.input_ids == model.config.image_token_id
     embeddings = embeddings.masked_scatter(where[..., None], image_tokens.to(embeddings.dtype))
-    hidden = llava.language_model(
-        inputs_embeds=embeddings, attention_mask=packed.mask, position_ids=packed.position_ids, use_cache=False
-    ).last_hidden_state
-    return model.lm_head(hidden.flatten(0, 1)[packed.rows]), states
+    decoder = llava.language_model
+    rotary = decoder.rotary_emb(embeddings, packed.position_ids)
+    hidden = half = embeddings
+    for index, layer in enumerate(decoder.layers):
+        hidden = layer(hidden, attention_mask=packed.mask, position_ids=packed.position_ids, position_embeddings=rotary)
+        if index == len(decoder.layers) // 2 - 1:
+            half = hidden
+    hidden = decoder.norm(hidden)
+    return model.lm_head(hidden.flatten(0, 1)[packed.rows]), states, half
 
 
 def normalize(images: np.ndarray, rng: np.random.Generator | None = None) -> torch.Tensor:

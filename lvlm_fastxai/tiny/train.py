@@ -1,7 +1,8 @@
 """Train the shipped LVLM from a seed: ``python -m lvlm_fastxai.tiny.train``.
 
 Two stages. First the vision tower alone learns to say, for every patch, what lies under it (heads thrown away
-afterwards). Then the whole model learns to answer. Many questions about one picture share a sequence: each block of
+afterwards). Then the whole model learns to answer, and half-way up the decoder to say what each noun phrase of a
+question speaks of (:mod:`lvlm_fastxai.tiny.phrases`). Many questions about one picture share a sequence: each block of
 question and answer sees the picture's tokens and itself, at the positions it would have alone, so the numbers are those
 of one question at a time while the picture is paid once (:mod:`lvlm_fastxai.tiny.packing`).
 
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import signal
 import sys
@@ -52,6 +52,7 @@ from lvlm_fastxai.tiny.data import (
 )
 from lvlm_fastxai.tiny.model import build_model, save_checkpoint
 from lvlm_fastxai.tiny.packing import TokenizedQuestions, answer_logits, normalize, pack, tokenize
+from lvlm_fastxai.tiny.phrases import PhraseHeads, phrase_loss, phrase_targets
 
 SUBSET = 200
 """Held-out questions of the small evaluation that ``training.json`` records beside the large one."""
@@ -80,6 +81,7 @@ class Settings:
     matrix_rate: float = _setting(4e-3, "peak learning rate of the second stage's matrices (Muon)")
     rate: float = _setting(1.5e-3, "peak learning rate of everything else in the second stage (AdamW)")
     auxiliary_weight: float = _setting(0.5, "weight of the patch labels in the second stage")
+    phrase_weight: float = _setting(0.5, "weight of the phrase read-outs in the second stage")
     decay_share: float = _setting(0.35, "share of a stage in which the learning rate falls to zero")
     validate_every: int = _setting(200, "steps between validations and checkpoints")
     validation_scenes: int = _setting(240, "scenes of a validation")
@@ -383,6 +385,7 @@ def _total_steps(file: Path, default: int) -> int:
 def train_answers(
     model: LlavaForConditionalGeneration,
     heads: PatchHeads,
+    phrase_heads: PhraseHeads,
     pool: Pool,
     easy: Pool | None,
     validation: Sequence[tuple[Pool, TokenizedQuestions]],
@@ -406,6 +409,7 @@ def train_answers(
             (model.model.language_model, 1.0),
             (model.lm_head, 1.0),
             (heads, 0.2),
+            (phrase_heads, 1.0),
         ],
         settings.matrix_rate,
         settings.rate,
@@ -419,6 +423,7 @@ def train_answers(
         state = torch.load(state_file, weights_only=False)
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
+        phrase_heads.load_state_dict(state["phrase_heads"])
         optimizers.load_state_dict(state["optimizers"])
         average.weights, average.updates = state["average"], state["updates"]
         kind_weights, step, seconds, history = state["kind_weights"], state["step"], state["seconds"], state["history"]
@@ -430,6 +435,7 @@ def train_answers(
         state = {
             "model": model.state_dict(),
             "heads": heads.state_dict(),
+            "phrase_heads": phrase_heads.state_dict(),
             "optimizers": optimizers.state_dict(),
             "average": average.weights,
             "updates": average.updates,
@@ -455,7 +461,7 @@ def train_answers(
         bar.write(f"validation at {step}: {show(accuracy)}")
 
     bar = tqdm(total=_total_steps(work / "steps", settings.steps), initial=step, desc="answers", mininterval=5)
-    running = {"loss": math.nan, "patch": math.nan}
+    running: dict[str, float] = {}
     model.train()
     while step < _total_steps(work / "steps", settings.steps) and not stop.asked:
         # Processor time, so that a run that is halted for a while reports the time it used.
@@ -463,24 +469,33 @@ def train_answers(
         chosen = [(k, next(rows[k])) for k in range(len(pools)) for _ in range(counts[k])]
         asked = [choose_questions(tables[k], r, settings.questions, kind_weights, rng) for k, r in chosen]
         images = normalize(np.stack([pools[k].images[r] for k, r in chosen]), rng)
-        values: list[tuple[float, float]] = []
+        values: list[dict[str, float]] = []
 
         def part_loss(
             part: list[int],
             chosen: list[tuple[int, int]] = chosen,
             asked: list[np.ndarray] = asked,
             images: torch.Tensor = images,
-            values: list[tuple[float, float]] = values,
+            values: list[dict[str, float]] = values,
         ) -> torch.Tensor:
             packed = pack([(tables[chosen[i][0]], asked[i]) for i in part])
             targets = [patch_targets(pools[k], np.array([r])) for k, r in (chosen[i] for i in part)]
             with _mixed_precision():
-                logits, states = answer_logits(model, images[part], packed)
+                logits, states, half = answer_logits(model, images[part], packed)
             losses = nn.functional.cross_entropy(logits.float(), packed.targets, reduction="none")
             answers = (losses * packed.weight).sum() / packed.weight.sum()
             patches, _ = patch_loss(heads, states, *(torch.cat(column) for column in zip(*targets, strict=True)))
-            values.append((float(answers.detach()), float(patches.detach())))
-            return (answers + settings.auxiliary_weight * patches) * (len(part) / len(chosen))
+            loss = answers + settings.auxiliary_weight * patches
+            seen = {"loss": float(answers.detach()), "patch": float(patches.detach())}
+            spoken_of = phrase_targets(
+                packed, [(pool, chosen[i][1], tables[0], asked[i]) if chosen[i][0] == 0 else None for i in part]
+            )
+            if spoken_of is not None:
+                phrase, figures = phrase_loss(phrase_heads, half, spoken_of)
+                loss = loss + settings.phrase_weight * phrase
+                seen |= figures
+            values.append(seen)
+            return loss * (len(part) / len(chosen))
 
         parts_of_rows = _deal(range(len(chosen)), settings.parts)
         workers.backward([partial(part_loss, part) for part in parts_of_rows], optimizers.parameters)
@@ -489,10 +504,11 @@ def train_answers(
         average.update(model)
         step += 1
         seconds += time.process_time() - began
-        for name, value in zip(("loss", "patch"), np.mean(values, axis=0).tolist(), strict=True):
-            running[name] = value if math.isnan(running[name]) else 0.98 * running[name] + 0.02 * value
+        for seen in values:
+            for name, value in seen.items():
+                running[name] = 0.995 * running.get(name, value) + 0.005 * value
         bar.total = total
-        bar.set_postfix({name: f"{value:.3f}" for name, value in running.items()}, refresh=False)
+        bar.set_postfix({name: f"{running[name]:.3f}" for name in ("loss", "patch")}, refresh=False)
         bar.update()
         if step % 50 == 0:
             bar.write(f"answers {step}: " + " ".join(f"{k} {v:.3f}" for k, v in running.items()))
@@ -533,11 +549,14 @@ def train(settings: Settings, work: Path, output: Path, *, threads: int, resume:
     validation = _validation_pools(work, settings.validation_scenes, held_easy, threads)
     model = build_model(settings.seed)
     heads = PatchHeads(model.model.vision_tower.config.hidden_size)
+    phrase_heads = PhraseHeads(model.config.get_text_config().hidden_size)
     with Stop() as stop:
         train_vision(model, heads, pool, easy, settings, work, stop, workers, resume=resume)
         if stop.asked:
             return False
-        outcome = train_answers(model, heads, pool, easy, validation, settings, work, stop, workers, resume=resume)
+        outcome = train_answers(
+            model, heads, phrase_heads, pool, easy, validation, settings, work, stop, workers, resume=resume
+        )
     save_checkpoint(model, output)
     record = {
         "settings": asdict(settings),

@@ -1,0 +1,193 @@
+"""Which rows of a layer a pruned sweep keeps, and how a decoder layer is called on those rows alone.
+
+Gradients at a decoder layer's output sit on few rows. At every layer the sweep keeps the smallest set of rows that
+holds a share 1 − ε of Σ_i ‖∂z/∂h_i‖₂ and takes the rest as zero (``row_tolerance`` ε). Attention still sees every key
+and value, so dK and dV reach all positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# `row_tolerance="auto"` tries these in turn, and sweeps exactly where none of them is estimated to be good enough.
+AUTO_TOLERANCES = (0.1, 0.03)
+# What a dense sweep in the dtype loses to rounding, at the low end of what was measured (docs/pruned-sweep.md). In fp32
+# it is 1e-6, which no pruning reaches.
+ROUNDING_ERROR = {torch.bfloat16: 1.3e-2, torch.float16: 2e-3}
+# Below this length most rows matter: pruning would save nothing.
+SHORTEST_PRUNED = 128
+
+# The error estimate: calibrated by `python -m benchmarks pruned`.
+MISSING_FACTOR = 9.0
+DROPPED_FACTOR = 0.2
+
+# From this share of rows on, a layer costs less whole than its kept rows recomputed one by one.
+WHOLE_LAYER_SHARE = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """rows (B,N,n) int64, ascending · counts (B,N) how many of them each target needs · norms (B,N,S) fp32 of all rows.
+
+    ``counts`` ≤ n: sets are filled up to the largest.
+    """
+
+    rows: Tensor
+    counts: Tensor
+    norms: Tensor
+
+    def left_out(self) -> Tensor:
+        """(B, N, S) the norms with zeros at the kept rows."""
+        return self.norms.scatter(2, self.rows, 0.0)
+
+
+def select_rows(norms: Tensor, tolerance: float, *, shared: bool = False) -> Selection:
+    """Smallest sets of rows that hold a share 1 − ``tolerance`` of each target's gradient norm.
+
+    Every set is filled up with the next largest rows to the size n of the largest one, so that one tensor holds all.
+
+    Args:
+        norms: (B, N, S) Euclidean norms of the gradient rows, not negative.
+        tolerance: ε, 0 ≤ ε < 1; 0 keeps every row whose gradient is not zero.
+        shared: one set for all targets of a sample: the union of theirs.
+
+    Returns:
+        Selection: with at least one row per target.
+    """
+    norms = norms.float()
+    # fp64: a share of 1e-6 of the norm must not drown in the rounding of the sum.
+    ordered, order = norms.double().sort(dim=-1, descending=True, stable=True)
+    held = ordered.cumsum(-1)
+    counts = ((held < (1 - tolerance) * held[..., -1:]).sum(-1) + 1).clamp(max=norms.shape[-1])
+    if tolerance == 0:
+        counts = (ordered > 0).sum(-1).clamp(min=1)
+    if shared:
+        position = torch.arange(norms.shape[-1], device=norms.device)
+        wanted = torch.zeros_like(norms).scatter(2, order, (position < counts[..., None]).to(norms.dtype))
+        wanted = wanted.amax(1, keepdim=True)  # (B, 1, S)
+        share = norms / norms.sum(-1, keepdim=True).clamp(min=torch.finfo(norms.dtype).tiny)
+        # Wanted rows first; among the others the next largest, for filling up.
+        order = (2 * wanted + share.amax(1, keepdim=True)).argsort(dim=-1, descending=True, stable=True)
+        order = order.expand_as(norms)
+        counts = wanted.sum(-1).long().expand_as(counts)
+    rows = order[..., : int(counts.max())].sort(dim=-1).values
+    return Selection(rows, counts, norms)
+
+
+def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """(B, S, …) and rows (B, N, n) to (B·N, n, …)."""
+    sample = torch.arange(len(rows), device=rows.device)[:, None, None]
+    return tensor[sample, rows].flatten(0, 1)
+
+
+def rows_of_call(kwargs: Mapping[str, Any], rows: Tensor, columns: int) -> dict[str, Any]:
+    """The keyword arguments of a decoder layer's call on all rows, for a call on ``rows`` (B, N, n) as B·N samples.
+
+    ``position_embeddings`` (tensors (…, B or 1, S, d)) and ``position_ids`` ((…, B or 1, S)) are what transformers
+    hands a layer per row. The mask stays as it is: the attention reads the rows' key ranges from its tape.
+    """
+
+    def gather(value: Any, trailing: int) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(gather(item, trailing) for item in value)
+        if not isinstance(value, Tensor) or value.dim() < 1 + trailing or value.shape[-1 - trailing] != columns:
+            return value
+        axis = value.dim() - 1 - trailing
+        if axis == 0:  # (S,): the same for all samples
+            return value[rows.flatten(0, 1)]
+        lead = value.movedim((axis - 1, axis), (0, 1))  # (B or 1, S, …)
+        if lead.shape[0] == 1:
+            lead = lead.expand(rows.shape[0], *lead.shape[1:])
+        return take_rows(lead, rows).movedim((0, 1), (axis - 1, axis))
+
+    called = dict(kwargs)
+    for name, trailing in (("position_embeddings", 1), ("position_ids", 0)):
+        if name in called:
+            called[name] = gather(called[name], trailing)
+    return called
+
+
+def reason_against(args: tuple[Any, ...], kwargs: Mapping[str, Any], columns: int) -> str | None:
+    """Why a layer cannot be called on a part of its rows; None if it can."""
+    known = {"attention_mask", "position_embeddings", "position_ids", "cache_position"}
+    for name, value in [*((f"argument {i}", value) for i, value in enumerate(args)), *kwargs.items()]:
+        parts = value if isinstance(value, tuple | list) else [value]
+        for part in parts:
+            if name not in known and isinstance(part, Tensor) and columns in part.shape:
+                return f"its {name} has an entry for each row that is not known to this version"
+    return None
+
+
+def tolerances(row_tolerance: float | str, dtype: torch.dtype, columns: int) -> tuple[float, ...]:
+    """The tolerances to try, in turn: the last one is taken whatever it is estimated to cost."""
+    if row_tolerance != "auto":
+        return (float(row_tolerance),)
+    if dtype not in ROUNDING_ERROR or columns < SHORTEST_PRUNED:
+        return (0.0,)
+    return (*AUTO_TOLERANCES, 0.0)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a pruned sweep kept of each of N targets, layer by layer (L), bottom layer first.
+
+    Attributes:
+        rows_kept: (N, L) int64, rows of each layer that took part; S where a layer was swept whole.
+        dropped: (N, L) fp32, share of the gradient norm at each layer's output that was left out.
+        error: (N,) fp32, estimated relative L1 error of the row without its self entry; 0 where nothing was left out.
+            The true error was below it in 95 % of the cases it was calibrated on (docs/pruned-sweep.md).
+    """
+
+    rows_kept: Tensor
+    dropped: Tensor
+    error: Tensor
+
+
+class Ledger:
+    """Collects a :class:`Certificate` while a method walks down, for (B, N) rows at a time."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+        self._dropped: list[Tensor] = []
+        self._missing: Tensor | float = 0.0
+
+    def enter(self, selection: Selection | None, row: Tensor, product: Tensor) -> None:
+        """One layer: what it kept, the (B, N, S) rows before it and what it added to them.
+
+        The relevancy that row i adds is taken to be in proportion to row_i·‖∂z/∂h_i‖: what the kept rows added, times
+        the left-out rows' part in that product over the kept rows' part.
+        """
+        if selection is None:
+            self._kept.append(torch.full(row.shape[:2], row.shape[2]))
+            self._dropped.append(torch.zeros(row.shape[:2]))
+            return
+        norms, left = selection.norms.to(row.device), selection.left_out().to(row.device)
+        self._kept.append(torch.full(row.shape[:2], selection.rows.shape[-1]))
+        total = norms.sum(-1)
+        share = torch.where(total > 0, left.sum(-1) / total, 0.0)
+        self._dropped.append(share.expand(row.shape[:2]).cpu())
+        lost, all_of_it = (row * left).sum(-1), (row * norms).sum(-1)
+        kept = all_of_it - lost
+        self._missing = self._missing + torch.where(kept > 0, product.sum(-1) * lost / kept, 0.0)
+
+    def close(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, L) rows kept, (B, N, L) share dropped, (B, N) estimated error, for the finished (B, N, S) rows."""
+        added = row.sum(-1) - 1
+        missing = self._missing / added.clamp(min=torch.finfo(row.dtype).tiny)
+        dropped = torch.stack(self._dropped[::-1], -1)
+        return torch.stack(self._kept[::-1], -1), dropped, estimated_error(missing.float().cpu(), dropped.mean(-1))
+
+
+def estimated_error(missing: Tensor, dropped: Tensor) -> Tensor:
+    """Upper estimate of a pruned row's relative L1 error.
+
+    Args:
+        missing: relevancy that the left-out rows would have added themselves, as a share of the row (first order).
+        dropped: share of the gradient norm that was left out, mean over layers.
+    """
+    return MISSING_FACTOR * missing + DROPPED_FACTOR * dropped
