@@ -154,6 +154,14 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument(
+        "--row-tolerance",
+        type=_row_tolerance,
+        default=0.0,
+        metavar="E",
+        help="share of the gradient norm that may be left out at each layer, 0 to below 1; 'auto': as much as the "
+        "rounding of the model's dtype hides, which in float32 is nothing (default: %(default)s, exact)",
+    )
+    parser.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="longest answer, in tokens (default: %(default)s)"
     )
     parser.add_argument("--backend", choices=BACKENDS, help="kernel to use; default: the first that works here")
@@ -164,6 +172,13 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="weights and computation (default: as stored in the checkpoint)",
     )
+
+
+def _row_tolerance(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected 'auto' or a number from 0 to below 1, got {text!r}") from None
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -185,6 +200,11 @@ def _explain(args: argparse.Namespace) -> int:
         f"confidence {explanation.confidence:.1%} · answered in {seconds['generate']:.2f} s, "
         f"explained in {seconds['explain']:.2f} s ({explanation.method}, backend {explanation.backend})"
     )
+    if explanation.share_of_rows < 1:
+        print(
+            f"pruned: {explanation.share_of_rows:.1%} of the rows visited, estimated error of a token's relevancy at "
+            f"most {explanation.estimated_error:.1%}"
+        )
     for note in explanation.notes:
         print(f"note: {note}")
     print(f"report: {paths['report']}")
@@ -232,8 +252,15 @@ def _check_question(args: argparse.Namespace) -> None:
 def _own_arguments(args: argparse.Namespace) -> list[str]:
     """The command again, from what was parsed: what was left at its default is left out."""
     words = ["explain", args.image, args.question]
-    defaults = {"method": METHODS[0], "memory": MEMORY_MODES[0], "max_new_tokens": 64, "device": "cpu", "dtype": "auto"}
-    for name in ("model", "method", "memory", "max_new_tokens", "backend", "device", "dtype", "out"):
+    defaults = {
+        "method": METHODS[0],
+        "memory": MEMORY_MODES[0],
+        "row_tolerance": 0.0,
+        "max_new_tokens": 64,
+        "device": "cpu",
+        "dtype": "auto",
+    }
+    for name in ("model", "method", "memory", "row_tolerance", "max_new_tokens", "backend", "device", "dtype", "out"):
         value = getattr(args, name)
         if value is not None and value != defaults.get(name):
             words += ["--" + name.replace("_", "-"), str(value)]
@@ -263,7 +290,7 @@ def _explainer(args: argparse.Namespace) -> Explainer:
     from .explainer import Explainer
 
     model, processor, _ = load_checkpoint(args.model, args.device, args.dtype)
-    return Explainer(model, processor, method=args.method, memory=args.memory)
+    return Explainer(model, processor, method=args.method, memory=args.memory, row_tolerance=args.row_tolerance)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import string
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from . import families, ops
 from .cost import Estimate, estimate_cost
 from .errors import ArgumentError, FastXAIError, UnknownFamilyError, UnsupportedModelError
-from .explanation import ExplainedImage, Explanation, PromptToken, TokenExplanation
+from .explanation import ExplainedImage, Explanation, PromptToken, Pruned, TokenExplanation
 from .methods import METHODS
 from .picture import load_picture, one_line
+from .pruning import tolerances
+from .recording import Recorder, logits_agree
 from .relevancy import RelevancyRows, check_row_tolerance, explain_rows
-from .sweep import MEMORY_MODES
+from .sweep import MEMORY_MODES, Recording
 
 __all__ = ["Estimate", "Explainer"]
 
@@ -51,7 +54,8 @@ class Explainer:
         method: "chefer" (default), "lvlm_interpret" or "raw_attention"; see `relevancy_rows`.
         memory: "fast" keeps activations, "lean" recomputes layer by layer, "min" also keeps layer inputs off the
             device.
-        row_tolerance: 0 for the exact sweep.
+        row_tolerance: 0 for the exact sweep, ε > 0 for the pruned one, "auto" for what the dtype's rounding allows; see
+            `relevancy_rows`.
         prompt_template: text around image and question, with the fields ``{image}`` and ``{question}``, for a processor
             without a chat template. None: the chat template, and ``"{image}{question}"`` where there is none.
 
@@ -74,7 +78,7 @@ class Explainer:
         *,
         method: str = "chefer",
         memory: str = "fast",
-        row_tolerance: float = 0.0,
+        row_tolerance: float | str = 0.0,
         prompt_template: str | None = None,
     ) -> None:
         if method not in METHODS:
@@ -117,8 +121,9 @@ class Explainer:
     ) -> Explanation:
         """Answer the question and explain every token of the answer.
 
-        The answer is generated greedily with the model's own attention and no graph; then one teacher-forced pass over
-        prompt and answer gives every token's relevancy row. End-of-sequence and other special tokens are not explained.
+        The answer is generated greedily without a graph; then one teacher-forced pass over prompt and answer gives
+        every token's relevancy row. In memory mode "lean", and with a row tolerance in "fast", the sweep starts from
+        what the generation computed instead of that pass. End-of-sequence and other special tokens are not explained.
 
         Args:
             image: a path, a PIL picture, or an array (h, w), (h, w, 3) or (h, w, 4), uint8 or floats in 0 … 1; a list
@@ -140,7 +145,8 @@ class Explainer:
         reading = self._reading(question, pictures, inputs, notes)
 
         started = time.perf_counter()
-        generated = self._generate(inputs, max_new_tokens, report)
+        recorder = self._recorder(inputs)
+        generated, chosen_by = self._generate(inputs, max_new_tokens, report, recorder)
         generate_seconds = time.perf_counter() - started
         ends = self._end_tokens()
         if generated and generated[-1] in ends:
@@ -153,22 +159,17 @@ class Explainer:
             raise FastXAIError("the model answered with nothing: there is no token to explain; ask differently")
 
         joined = self._join(inputs, generated)
+        recording = None if recorder is None else recorder.recording()[0]
         targets = [(0, prompt_length + index - 1, generated[index]) for index in kept]
         report("explain", 0, 1)
         started = time.perf_counter()
         with _peak_memory(joined["input_ids"].device) as peak:
-            result = explain_rows(
-                self.model,
-                self._accepted(joined),
-                targets,
-                method=self.method,
-                memory=self.memory,
-                row_tolerance=self.row_tolerance,
-                prompt_length=prompt_length,
-            )
+            result = self._explain(joined, targets, prompt_length, recording, chosen_by)
         explain_seconds = time.perf_counter() - started
         report("explain", 1, 1)
         _check_finite(result)
+        if result.fallback is not None:
+            notes.append(f"Every layer was swept whole, row_tolerance had no effect. {result.fallback}.")
         explained = [generated[index] for index in kept]
         positions = [prompt_length + index for index in kept]
         return Explanation(
@@ -182,7 +183,7 @@ class Explainer:
             row_tolerance=self.row_tolerance,
             backend=backend,
             seconds={"generate": generate_seconds, "explain": explain_seconds},
-            peak_bytes=peak.bytes,
+            peak_bytes=None if peak.bytes is None else peak.bytes + (recording.nbytes if recording else 0),
             model_name=_model_name(self.model),
             model_class=type(self.model).__name__,
             device=str(self.model.device),
@@ -196,7 +197,7 @@ class Explainer:
     def answer(self, image: Any, question: str, *, max_new_tokens: int = 64) -> str:
         """The greedy answer alone; arguments and errors as in calling the explainer."""
         _, inputs, _ = self._prepare(image, question, max_new_tokens)
-        generated = self._generate(inputs, max_new_tokens, lambda stage, done, total: None)
+        generated, _ = self._generate(inputs, max_new_tokens, lambda stage, done, total: None)
         return self._decode(generated).strip()
 
     def estimate(self, image: Any, question: str, *, max_new_tokens: int = 64) -> Estimate:
@@ -233,6 +234,7 @@ class Explainer:
             pictures=inputs.get("pixel_values"),
             memory=self.memory,
             method=self.method,
+            row_tolerance=self.row_tolerance,
         )
 
     def _prepare(
@@ -292,7 +294,60 @@ class Explainer:
         names = inspect.signature(self.model.forward).parameters
         return {name: value for name, value in inputs.items() if name in names}
 
-    def _generate(self, inputs: Mapping[str, Any], max_new_tokens: int, report: Progress) -> list[int]:
+    def _recorder(self, inputs: Mapping[str, Any]) -> Recorder | None:
+        """What will keep the pass of `generate` for the sweep; None where that saves nothing.
+
+        An exact sweep in fast mode wants every layer's activations and so takes a forward of its own; "min" takes one
+        because what is kept would stand in the device's memory while the answer is generated.
+        """
+        tried = tolerances(self.row_tolerance, self.model.dtype, inputs["input_ids"].shape[1])
+        exact_and_fast = self.memory == "fast" and tried == (0.0,)
+        if not METHODS[self.method].needs_gradient or exact_and_fast or self.memory == "min":
+            return None
+        try:
+            return Recorder(self.model)
+        except UnsupportedModelError:
+            return None
+
+    def _explain(
+        self,
+        joined: Mapping[str, Any],
+        targets: list[tuple[int, int, int]],
+        prompt_length: int,
+        recording: Recording | None,
+        chosen_by: Tensor | None,
+    ) -> RelevancyRows:
+        """Rows of the targets, from what `generate` has computed where that can be used, else from a forward."""
+        accepted = self._accepted(joined)
+        explain = partial(
+            explain_rows,
+            self.model,
+            method=self.method,
+            memory=self.memory,
+            row_tolerance=self.row_tolerance,
+            prompt_length=prompt_length,
+        )
+        if recording is None or chosen_by is None:
+            return explain(accepted, targets)
+        columns = accepted["input_ids"].shape[1]
+        # An answer cut at its longest has a last token that `generate` chose but never read; no row depends on it.
+        read = {
+            name: value[:, : recording.columns] if isinstance(value, Tensor) and value.shape == (1, columns) else value
+            for name, value in accepted.items()
+        }
+        steps = [row - prompt_length + 1 for _, row, _ in targets]
+        result = explain(read, targets, recording=recording)
+        token_ids = torch.tensor([token for _, _, token in targets])
+        own = chosen_by[steps].gather(1, token_ids[:, None])[:, 0]
+        if not logits_agree(result.logits, own, chosen_by[steps].abs().max(), self.model.dtype):
+            return explain(accepted, targets)
+        rows = nn.functional.pad(result.rows, (0, columns - recording.columns))
+        return replace(result, rows=rows)
+
+    def _generate(
+        self, inputs: Mapping[str, Any], max_new_tokens: int, report: Progress, recorder: Recorder | None = None
+    ) -> tuple[list[int], Tensor | None]:
+        """Tokens of the greedy answer and, with a recorder, the (steps, V) fp32 logits that they were chosen by."""
         prompt_length = inputs["input_ids"].shape[1]
 
         # A model that writes an image marker would ask, in the teacher-forced pass, for a picture that is not there.
@@ -310,7 +365,7 @@ class Explainer:
                 return scores.index_fill(-1, markers, -torch.inf)
 
         report("generate", 0, max_new_tokens)
-        with _evaluating(self.model), torch.no_grad():
+        with recorder or _evaluating(self.model), torch.no_grad():
             output = self.model.generate(
                 **self._accepted(inputs),
                 max_new_tokens=max_new_tokens,
@@ -321,8 +376,11 @@ class Explainer:
                 top_p=None,
                 top_k=None,
                 logits_processor=LogitsProcessorList([Watch()]),
+                return_dict_in_generate=True,
+                output_logits=recorder is not None,
             )
-        return output[0, prompt_length:].tolist()
+        logits = None if recorder is None else torch.cat(output.logits).float().cpu()
+        return output.sequences[0, prompt_length:].tolist(), logits
 
     def _end_tokens(self) -> set[int]:
         ends: set[int] = set()
@@ -444,9 +502,22 @@ class _Reading:
                         "template": float(others[template].sum()),
                         "answer": float(others[self.prompt_length : position].sum()),
                     },
+                    pruned=_pruned(result, index),
                 )
             )
         return explained
+
+
+def _pruned(result: RelevancyRows, index: int) -> Pruned | None:
+    """What the sweep kept for row `index`; None where it left nothing out."""
+    certificate = result.certificate
+    if certificate is None or not bool(certificate.dropped[index].any()):
+        return None
+    return Pruned(
+        rows_kept=certificate.rows_kept[index].tolist(),
+        dropped=certificate.dropped[index].tolist(),
+        estimated_error=float(certificate.error[index]),
+    )
 
 
 def _find_question(pieces: Sequence[str], question: str) -> set[int]:

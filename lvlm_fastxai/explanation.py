@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-__all__ = ["SCHEMA", "ExplainedImage", "Explanation", "PromptToken", "TokenExplanation", "prepare_directory"]
+__all__ = ["SCHEMA", "ExplainedImage", "Explanation", "PromptToken", "Pruned", "TokenExplanation", "prepare_directory"]
 
 SCHEMA = "lvlm-fastxai/explanation/1"
 
@@ -49,6 +49,26 @@ class PromptToken:
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """What a pruned sweep kept for one token.
+
+    Attributes:
+        rows_kept: positions of each decoder layer that took part, bottom layer first.
+        dropped: share of the gradient norm left out at each layer.
+        estimated_error: of the token's relevancy, relative L1; the true error was below it in at least 95 % of the
+            held-out cases of docs/pruned-sweep.md.
+    """
+
+    rows_kept: list[int]
+    dropped: list[float]
+    estimated_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for `json.dump`."""
+        return {"rows_kept": self.rows_kept, "dropped": self.dropped, "estimated_error": self.estimated_error}
+
+
+@dataclass(frozen=True)
 class TokenExplanation:
     """Relevancy of everything before one answer token.
 
@@ -63,6 +83,7 @@ class TokenExplanation:
             `Explanation.prompt_tokens`.
         shares: where the raw relevancy of the row lies, self entry left out: sums over "image", "question", "template"
             (the rest of the prompt's text) and "answer" (the answer's earlier tokens).
+        pruned: what a pruned sweep kept; None if the row is exact.
     """
 
     text: str
@@ -73,6 +94,7 @@ class TokenExplanation:
     image_maps: list[NDArray[np.float32]]
     prompt_scores: NDArray[np.float32]
     shares: dict[str, float]
+    pruned: Pruned | None = None
 
     @property
     def image_map(self) -> NDArray[np.float32]:
@@ -118,7 +140,7 @@ class Explanation:
     images: list[ExplainedImage]
     method: str
     memory: str
-    row_tolerance: float
+    row_tolerance: float | str
     backend: str
     seconds: dict[str, float]
     peak_bytes: int | None
@@ -153,6 +175,17 @@ class Explanation:
     def shares(self) -> dict[str, float]:
         """Mean over the answer's tokens of `TokenExplanation.shares`."""
         return {part: float(np.mean([t.shares[part] for t in self.tokens])) for part in self.tokens[0].shares}
+
+    @property
+    def estimated_error(self) -> float:
+        """The largest estimated relative error of a token's relevancy; 0 where every row is exact."""
+        return max((t.pruned.estimated_error for t in self.tokens if t.pruned is not None), default=0.0)
+
+    @property
+    def share_of_rows(self) -> float:
+        """Share of the sequence's positions that the sweep visited, mean over layers and tokens; 1 where exact."""
+        kept = [np.mean(t.pruned.rows_kept) / self.sequence_length if t.pruned else 1.0 for t in self.tokens]
+        return float(np.mean(kept))
 
     @property
     def confidence(self) -> float:
@@ -206,6 +239,7 @@ class Explanation:
                     "image_maps": [_plain(m) for m in t.image_maps],
                     "prompt_scores": _plain(t.prompt_scores),
                     "shares": t.shares,
+                    "pruned": None if t.pruned is None else t.pruned.to_dict(),
                 }
                 for t in self.tokens
             ],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import methods
 from .errors import ArgumentError
 from .pruning import Certificate
-from .sweep import Sweep
+from .sweep import Recording, Sweep
 from .targets import check_targets
 
 
@@ -93,13 +93,17 @@ def explain_rows(
     memory: str = "fast",
     row_tolerance: float | str = 0.0,
     prompt_length: int | Sequence[int] | None = None,
+    recording: Recording | None = None,
 ) -> RelevancyRows:
-    """:func:`relevancy_rows` with the targets' logits and probabilities, which the same forward gives."""
+    """:func:`relevancy_rows` with the targets' logits and probabilities, which the same forward gives.
+
+    ``recording``: what ``generate()`` computed for ``inputs``, in the place of that forward.
+    """
     check_row_tolerance(row_tolerance)
     # Inference tensors could not be saved for backward, so neither may be in the way of one.
     with torch.inference_mode(False):
         inputs = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
-        return _explain(model, inputs, targets, method, memory, row_tolerance, prompt_length)
+        return _explain(model, inputs, targets, method, memory, row_tolerance, prompt_length, recording)
 
 
 def _explain(
@@ -110,6 +114,7 @@ def _explain(
     memory: str,
     row_tolerance: float | str,
     prompt_length: int | Sequence[int] | None,
+    recording: Recording | None,
 ) -> RelevancyRows:
     chosen = methods.find(method)
     checked = check_targets(targets, inputs, _vocabulary(model))
@@ -117,7 +122,7 @@ def _explain(
     # Without gradients there is nothing to keep: "lean" drops the activations, and the top layer is run once more.
     memory_of_forward = memory if chosen.needs_gradient or memory == "min" else "lean"
     tolerance = row_tolerance if chosen.needs_gradient else 0.0
-    with Sweep(model, inputs, run.explained.row_table(), memory_of_forward, tolerance) as sweep:
+    with Sweep(model, inputs, run.explained.row_table(), memory_of_forward, tolerance, recording) as sweep:
         rows = run.rows(sweep)
         with torch.no_grad():
             logits = checked.select(sweep.logits, run.explained.rows_of_samples)

@@ -85,6 +85,33 @@ class _Layer:
     tape: LayerTape = field(default_factory=LayerTape)
 
 
+@dataclass(frozen=True)
+class Recording:
+    """What a sweep can start from in the place of a forward: the decoder's pass over S positions of one sample.
+
+    Attributes:
+        inputs: (1, S, D) input of every layer, bottom layer first.
+        kwargs: keyword arguments of every layer's call, for all S rows.
+        output: (1, S, D) output of the last layer.
+        norm: the module between the last layer and the output embeddings.
+    """
+
+    inputs: list[Tensor]
+    kwargs: list[dict[str, Any]]
+    output: Tensor
+    norm: nn.Module
+
+    @property
+    def columns(self) -> int:
+        """S."""
+        return self.output.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the layer inputs and the output; what is handed to every layer alike is small beside them."""
+        return sum(tensor.nbytes for tensor in (*self.inputs, self.output))
+
+
 class Sweep:
     """The forward pass of ``model`` on ``inputs``, ready to be swept. Use as a context manager: it restores the model.
 
@@ -95,6 +122,7 @@ class Sweep:
         memory: "fast" keeps every layer's activations, "lean" only its input, "min" only its input off the device.
         row_tolerance: ε of the pruned sweep, or "auto"; every layer's input is then all that the forward keeps, and
             "fast" keeps the layers' keys and values from one descent to the next. 0 is exact.
+        recording: what ``generate()`` computed for ``inputs``; it takes the forward's place.
 
     Attributes:
         tolerances: what to try in turn, the last one whatever its error.
@@ -116,6 +144,7 @@ class Sweep:
         query_rows: Tensor,
         memory: str = "fast",
         row_tolerance: float | str = 0.0,
+        recording: Recording | None = None,
     ) -> None:
         if memory not in MEMORY_MODES:
             raise ArgumentError(f"memory: expected one of {', '.join(MEMORY_MODES)}, got {memory!r}")
@@ -129,7 +158,8 @@ class Sweep:
         dtype: Any = model.dtype
         self.tolerances = tolerances(row_tolerance, dtype, shape[1])
         self.error_limit = ROUNDING_ERROR.get(dtype, 0.0)
-        self._keep_graphs = memory == "fast" and self.tolerances == (0.0,)
+        self._recording = recording
+        self._keep_graphs = memory == "fast" and self.tolerances == (0.0,) and recording is None
         self._layers: list[_Layer] = []
         self._resources = contextlib.ExitStack()
         self._store = _Store()
@@ -144,7 +174,10 @@ class Sweep:
             stack.enter_context(prepared(self.model, self._decoder))
             stack.enter_context(self._store)
             stack.enter_context(torch.enable_grad())
-            self._forward()
+            if self._recording is None:
+                self._forward()
+            else:
+                self._replay(self._recording)
             self._resources = stack.pop_all()
         return self
 
@@ -284,7 +317,7 @@ class Sweep:
                 (key, value), leaf, (key_gradient[:, number], value_gradient[:, number]), retain_graph=not last
             )
             where = rows[:, number, :, None].expand(-1, -1, down.shape[-1])
-            hand_on(number, down.scatter_add(1, where, rows_gradient[:, number]), last=last)
+            hand_on(number, down.scatter_add_(1, where, rows_gradient[:, number]), last=last)
             del down
         if index == 0:
             self.first_input = leaf.detach()
@@ -325,9 +358,10 @@ class Sweep:
         self, tensor: Tensor, gradient: Tensor | None, below: int, into: dict[int, Tensor], *, keep: bool
     ) -> None:
         """Differentiate ``tensor`` with respect to every layer output it was made from."""
-        sources = [layer.boundary for layer in self._layers[: below + 1]]
-        found = torch.autograd.grad(tensor, sources, gradient, retain_graph=keep, allow_unused=True)
-        for index, part in enumerate(found):
+        # A recording knows the boundary below the last layer's output only; no state goes past a layer in it.
+        sources = {i: layer.boundary for i, layer in enumerate(self._layers[: below + 1]) if layer.boundary is not None}
+        found = torch.autograd.grad(tensor, list(sources.values()), gradient, retain_graph=keep, allow_unused=True)
+        for index, part in zip(sources, found, strict=True):
             if part is not None:
                 _accumulate(into, index, part)
 
@@ -357,6 +391,19 @@ class Sweep:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} ran {len(self._layers)} of its {len(self._modules)} decoder layers"
             )
+
+    def _replay(self, recording: Recording) -> None:
+        """Stand where the forward would: with every layer's input, and the logits in a graph of their own."""
+        for module, hidden, kwargs in zip(self._modules, recording.inputs, recording.kwargs, strict=True):
+            leaf: Any = hidden.detach().requires_grad_()
+            if self.memory == "min":
+                leaf = self._store.put(leaf)
+            self._layers.append(_Layer(module, (), kwargs, leaf))
+        output = _Boundary.apply(self._anchor, recording.output)
+        self._layers[-1].boundary = torch.autograd.graph.get_gradient_edge(output)
+        rows = self.query_rows.to(output.device)[..., None].expand(-1, -1, output.shape[-1])
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        self.logits = head(recording.norm(output.gather(1, rows)))
 
     def _enter_layer(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         name = None if args else "hidden_states"

@@ -249,7 +249,7 @@ def _facts(explanation: Explanation) -> str:
         "Device": f"{explanation.device}, {explanation.dtype}",
         "Sequence": f"{explanation.sequence_length} positions",
         "Image grid": ", ".join(f"{m.shape[0]} × {m.shape[1]}" for m in explanation.image_maps) or "unknown",
-        **({"Row tolerance": f"{explanation.row_tolerance:g}"} if explanation.row_tolerance else {}),
+        **_pruning(explanation),
         "Versions": ", ".join(f"{name} {version}" for name, version in explanation.versions.items()),
     }
     return "".join(
@@ -257,6 +257,17 @@ def _facts(explanation: Explanation) -> str:
         f"<div><dt>{html.escape(name)}</dt><dd>{re.sub('(?<=[a-z])(?=[A-Z])', '<wbr>', html.escape(value))}</dd></div>"
         for name, value in facts.items()
     )
+
+
+def _pruning(explanation: Explanation) -> dict[str, str]:
+    if explanation.row_tolerance == 0:
+        return {}
+    if explanation.share_of_rows == 1:
+        return {"Row tolerance": f"{explanation.row_tolerance}: exact"}
+    return {
+        "Row tolerance": f"{explanation.row_tolerance}: {_percent(explanation.share_of_rows)} of the rows visited",
+        "Estimated error": f"at most {_percent(explanation.estimated_error)} of a token's relevancy",
+    }
 
 
 def _how_to_read(explanation: Explanation) -> str:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from types import ModuleType
 
@@ -176,6 +177,65 @@ def load_pool(folder: Path) -> Pool:
     }
     questions = [[Asked(*row) for row in rows] for shard in shards for rows in json.loads(shard.read_text())]
     return Pool(**arrays, questions=questions)
+
+
+def objects_of(pool: Pool, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Attribute values (n, 4) and centres (n, 2), x and y in canvas pixels, of a generated picture's objects.
+
+    Read off the patch labels: no two objects of a scene share all attributes.
+    """
+    side = scenes.CANVAS / GRID
+    labels = pool.labels[row].reshape(GRID * GRID, -1)
+    middle = (np.arange(GRID) + 0.5) * side
+    patches = np.stack(np.meshgrid(middle, middle), -1).reshape(-1, 2)
+    owned = labels[:, 0] == 1
+    values, which = np.unique(labels[owned, 1:], axis=0, return_inverse=True)
+    places = patches[owned] + pool.offsets[row].reshape(-1, 2)[owned]
+    which = which.reshape(-1)
+    return values.astype(np.int64), np.stack([places[which == i].mean(0) for i in range(len(values))])
+
+
+def _ask_more(
+    found: list[tuple[np.ndarray, np.ndarray]], known: list[set[str]], kind: str, tries: int, seeds: list[list[int]]
+) -> list[list[tuple[str, str, str]]]:
+    blank = np.zeros((scenes.CANVAS, scenes.CANVAS), dtype=bool)
+    nothing = Image.new("RGB", (1, 1))
+    asked: list[list[tuple[str, str, str]]] = []
+    for (values, centers), texts, seed in zip(found, known, seeds, strict=True):
+        rng = np.random.default_rng(seed)
+        objects = []
+        for value, (x, y) in zip(values, centers, strict=True):
+            words = {name: LABEL_VALUES[name][v] for name, v in zip(LABEL_NAMES[1:], value, strict=True)}
+            objects.append(scenes.SceneObject(**words, center=(float(x), float(y)), radius=0.0, mask=blank))
+        scene = scenes.Scene(nothing, tuple(objects), 0, "", "")
+        questions = [scenes.ask(scene, kind, rng) for _ in range(tries)]
+        new = {q.text: (q.text, q.answer, q.kind) for q in questions if q is not None and q.text not in texts}
+        asked.append(list(new.values()))
+    return asked
+
+
+def add_questions(pool: Pool, kind: str, tries: int, *, seed: int, workers: int, cache: Path) -> None:
+    """Ask up to ``tries`` more questions of ``kind`` about every generated picture of ``pool``, in place.
+
+    A question needs the objects, not the pixels, so a kind that is learnt slowly can be asked more often without
+    rendering anything again. ``cache``: a JSON file that keeps the questions.
+    """
+    if not cache.is_file():
+        step = 500
+        parts = [range(start, min(start + step, len(pool))) for start in range(0, len(pool), step)]
+        with ProcessPoolExecutor(workers) as executor:
+            jobs = executor.map(
+                _ask_more,
+                ([objects_of(pool, row) for row in part] for part in parts),
+                ([{question.text for question in pool.questions[row]} for row in part] for part in parts),
+                repeat(kind),
+                repeat(tries),
+                ([[seed, 13, row] for row in part] for part in parts),
+            )
+            asked = [rows for part in tqdm(jobs, total=len(parts), desc=f"asking {kind}") for rows in part]
+        cache.write_text(json.dumps(asked))
+    for questions, rows in zip(pool.questions, json.loads(cache.read_text()), strict=True):
+        questions += [Asked(*row) for row in rows]
 
 
 # easy-VQA

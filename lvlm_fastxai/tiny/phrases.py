@@ -16,13 +16,12 @@ import torch
 from torch import nn
 
 from lvlm_fastxai.tiny import scenes
-from lvlm_fastxai.tiny.data import GRID, LABEL_NAMES, LABEL_VALUES, Pool
+from lvlm_fastxai.tiny.data import LABEL_NAMES, LABEL_VALUES, Pool, objects_of
 from lvlm_fastxai.tiny.model import vocabulary
 from lvlm_fastxai.tiny.packing import Packed, TokenizedQuestions
 
 ATTRIBUTES = LABEL_NAMES[1:]
 _MAX_COUNT = 4
-_SIDE = scenes.CANVAS / GRID
 
 
 def _attribute_words() -> tuple[dict[int, tuple[int, int]], set[int]]:
@@ -57,21 +56,6 @@ def phrases(tokens: Sequence[int]) -> list[tuple[int, dict[int, int]]]:
             at -= 1
         found.append((end, asked))
     return found
-
-
-def objects(pool: Pool, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Attribute values (n, 4) and centres (n, 2), x and y in canvas pixels, of a generated picture's objects.
-
-    Read off the patch labels: no two objects of a scene share all attributes.
-    """
-    labels = pool.labels[row].reshape(GRID * GRID, -1)
-    middle = (np.arange(GRID) + 0.5) * _SIDE
-    patches = np.stack(np.meshgrid(middle, middle), -1).reshape(-1, 2)
-    owned = labels[:, 0] == 1
-    values, which = np.unique(labels[owned, 1:], axis=0, return_inverse=True)
-    places = patches[owned] + pool.offsets[row].reshape(-1, 2)[owned]
-    which = which.reshape(-1)
-    return values.astype(np.int64), np.stack([places[which == i].mean(0) for i in range(len(values))])
 
 
 @dataclass
@@ -110,7 +94,7 @@ def phrase_targets(
             number += packed.blocks[b]
             continue
         pool, row, table, chosen = entry
-        present, centers = objects(pool, row)
+        present, centers = objects_of(pool, row)
         for q in chosen:
             begin = int(table.start[q])
             tokens = table.tokens[begin : begin + int(table.answer_start[q])].tolist()

@@ -45,6 +45,7 @@ from lvlm_fastxai.tiny.data import (
     LABEL_VALUES,
     SCENES_PER_SEED,
     Pool,
+    add_questions,
     easy_vqa,
     easy_vqa_pool,
     load_pool,
@@ -82,6 +83,7 @@ class Settings:
     rate: float = _setting(1.5e-3, "peak learning rate of everything else in the second stage (AdamW)")
     auxiliary_weight: float = _setting(0.5, "weight of the patch labels in the second stage")
     phrase_weight: float = _setting(0.5, "weight of the phrase read-outs in the second stage")
+    comparisons: int = _setting(6, "comparison questions to ask of each picture beyond those of the rendered scenes")
     decay_share: float = _setting(0.35, "share of a stage in which the learning rate falls to zero")
     validate_every: int = _setting(200, "steps between validations and checkpoints")
     validation_scenes: int = _setting(240, "scenes of a validation")
@@ -483,7 +485,9 @@ def train_answers(
             with _mixed_precision():
                 logits, states, half = answer_logits(model, images[part], packed)
             losses = nn.functional.cross_entropy(logits.float(), packed.targets, reduction="none")
-            answers = (losses * packed.weight).sum() / packed.weight.sum()
+            # A kind that the last validation found hard counts for more, beyond being asked more often.
+            weight = packed.weight * torch.from_numpy(kind_weights).float()[packed.kinds[packed.owner]]
+            answers = (losses * weight).sum() / weight.sum()
             patches, _ = patch_loss(heads, states, *(torch.cat(column) for column in zip(*targets, strict=True)))
             loss = answers + settings.auxiliary_weight * patches
             seen = {"loss": float(answers.detach()), "patch": float(patches.detach())}
@@ -543,6 +547,8 @@ def train(settings: Settings, work: Path, output: Path, *, threads: int, resume:
     workers = Workers(threads)
     render_pool(work / "pool", num_scenes=settings.scenes, seed=settings.seed, workers=threads)
     pool = load_pool(work / "pool")
+    more = work / f"comparisons-{settings.comparisons}.json"
+    add_questions(pool, "comparison", settings.comparisons, seed=settings.seed, workers=threads, cache=more)
     easy = easy_vqa_pool("train") if use_easy_vqa else None
     held_easy = _part(easy, slice(-_EASY_VQA_VALIDATION, None)) if easy else None
     easy = _part(easy, slice(0, -_EASY_VQA_VALIDATION)) if easy else None
