@@ -312,6 +312,116 @@ def test_patch_labels_follow_the_objects():
                 assert labels[row, column, 0] == 0
 
 
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """A rendered pool and the scenes it was rendered from."""
+    from lvlm_fastxai.tiny.data import load_pool, render_pool
+
+    folder = tmp_path_factory.mktemp("pool")
+    render_pool(folder, num_scenes=60, seed=0, workers=1)
+    return load_pool(folder), [scenes.generate_scene(seed) for seed in range(60)]
+
+
+def test_objects_are_read_off_the_patch_labels(rendered):
+    from lvlm_fastxai.tiny.data import LABEL_NAMES, LABEL_VALUES, objects_of
+
+    pool, pictures = rendered
+    for row, scene in enumerate(pictures):
+        values, centers = objects_of(pool, row)
+        assert len(values) == len(scene.objects)
+        found = {
+            tuple(LABEL_VALUES[name][v] for name, v in zip(LABEL_NAMES[1:], value, strict=True)): center
+            for value, center in zip(values, centers, strict=True)
+        }
+        for o in scene.objects:
+            # Offsets are stored in whole pixels.
+            assert np.abs(found[tuple(o.attribute(name) for name in LABEL_NAMES[1:])] - o.center).max() <= 0.51
+
+
+def test_noun_phrases_are_found_with_what_they_speak_of(rendered):
+    """Against the scene's own matching of words; a question about places or two objects names one object a phrase."""
+    from lvlm_fastxai.tiny.model import vocabulary
+    from lvlm_fastxai.tiny.packing import pack, tokenize
+    from lvlm_fastxai.tiny.phrases import ATTRIBUTES, phrase_targets, phrases
+
+    pool, pictures = rendered
+    table, words = tokenize(pool), {index: word for word, index in vocabulary().items()}
+    chosen = [np.arange(table.first[row], table.first[row + 1]) for row in range(len(pool))]
+    packed = pack([(table, questions) for questions in chosen])
+    entries = [(pool, row, table, questions) for row, questions in enumerate(chosen)]
+    entries[3] = None  # a picture of easy-VQA, whose objects are not known
+    targets = phrase_targets(packed, entries)
+    flat, at, ambiguous = packed.input_ids.flatten(), 0, 0
+    for row, scene in enumerate(pictures):
+        for q in chosen[row] if entries[row] else ():
+            start = int(table.start[q])
+            block = table.tokens[start : start + int(table.answer_start[q])].tolist()
+            for end, _ in phrases(block):
+                noun = words[block[end]]
+                assert flat[targets.rows[at]] == block[end]
+                spoken = {NAMES[w]: w for w in words_before(words, block, end)}
+                singular = {f"{shape}s": shape for shape in SHAPES} | {"crosses": "cross"}
+                if noun not in ("object", "objects"):
+                    spoken["shape"] = singular.get(noun, noun)
+                fitting = scenes._matching(scene, spoken)
+                assert targets.count[at] == min(len(fitting), 4)
+                assert targets.known[at] == (len(fitting) == 1)
+                if len(fitting) == 1:
+                    expected = [NAMES_OF[name].index(fitting[0].attribute(name)) for name in ATTRIBUTES]
+                    assert targets.values[at].tolist() == expected
+                    place = (np.array(fitting[0].center) - scenes.CANVAS / 2) / 32
+                    assert np.abs(targets.places[at].numpy() - place).max() <= 0.02
+                elif KINDS[table.kind[q]] in ("relation", "comparison", "position"):
+                    ambiguous += 1
+                at += 1
+    assert at == len(targets.rows) > 500 and ambiguous == 0
+
+
+NAMES_OF = {"shape": SHAPES, "color": tuple(COLORS), "texture": TEXTURES, "size": SIZES}
+
+
+def words_before(words: dict[int, str], block: list[int], end: int) -> list[str]:
+    """Adjectives right before the noun at ``end``."""
+    found = []
+    while end > 0 and NAMES.get(words[block[end - 1]], "shape") != "shape":
+        end -= 1
+        found.append(words[block[end]])
+    return found
+
+
+def test_more_questions_are_true_and_new(rendered, tmp_path):
+    from dataclasses import replace
+
+    from lvlm_fastxai.tiny.data import add_questions
+
+    pool, pictures = rendered
+    more = replace(pool, questions=[list(rows) for rows in pool.questions])
+    options = {"seed": 0, "workers": 1, "cache": tmp_path / "more.json"}
+    add_questions(more, "comparison", 4, **options)
+    added = 0
+    for before, after, scene in zip(pool.questions, more.questions, pictures, strict=True):
+        assert after[: len(before)] == before
+        assert len({q.text for q in after}) == len(after)
+        for question in after[len(before) :]:
+            added += 1
+            assert question.kind == "comparison" and len(scene.objects) > 1
+            same = re.fullmatch(r"do the (.*) and the (.*) have the same (\w+)\?", question.text)
+            if same:
+                one, two = (described(scene, phrase) for phrase in same.groups()[:2])
+                truth = one.attribute(same[3]) == two.attribute(same[3])
+                assert question.answer == ("yes" if truth else "no")
+    assert added > 60
+    again = replace(pool, questions=[list(rows) for rows in pool.questions])
+    add_questions(again, "comparison", 4, **options)
+    assert again.questions == more.questions
+
+
+def described(scene: Scene, phrase: str) -> SceneObject:
+    """The one object that a noun phrase names."""
+    (found,) = scenes._matching(scene, {NAMES[word]: word for word in phrase.split() if word != "object"})
+    return found
+
+
 def test_guessing_learns_the_most_frequent_answer():
     from lvlm_fastxai.tiny.accuracy import prior, prior_accuracy
     from lvlm_fastxai.tiny.data import Asked

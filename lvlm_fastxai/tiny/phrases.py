@@ -152,5 +152,5 @@ def phrase_loss(
             loss = loss + 0.25 * nn.functional.cross_entropy(logits[known], truth)
             figures[name] = float((logits[known].argmax(-1) == truth).float().mean())
         loss = loss + 2 * nn.functional.smooth_l1_loss(places[known], targets.places[known])
-        figures["pixels off"] = float((places[known] - targets.places[known]).norm(dim=-1).mean() * 32)
+        figures["pixels off"] = float((places.detach()[known] - targets.places[known]).norm(dim=-1).mean() * 32)
     return loss, figures
