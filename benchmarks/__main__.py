@@ -1,4 +1,4 @@
-"""``python -m benchmarks end-to-end|op``: every figure is a ratio in one run, with the machine and the commit."""
+"""``python -m benchmarks SUITE``: every figure is a ratio in one run, with the machine and the commit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 SUITES = {
     "end-to-end": ("benchmarks.end_to_end", "whole explanations against eager, forward + backward, and forward"),
     "op": ("benchmarks.op", "relevancy_product against its dense twin and this machine's matrix-product rate"),
+    "pruned": ("benchmarks.pruned", "what the pruned sweep leaves out, what it saves, and how well it knows"),
     "summary": ("benchmarks.summary", "the results files as the README's table and a plot"),
 }
 
