@@ -75,27 +75,35 @@ class Segment:
 
 @dataclass(slots=True)
 class AttentionPlan:
-    """Key ranges (B, Sq, 2) int32 and the library calls that cover them."""
+    """Key ranges (B, Sq, 2) int32 and the library calls that cover them.
+
+    ``keep_biases``: whether the small masks are kept for further calls. A plan for a few rows of one layer serves a
+    forward and a backward only, and its masks together would be as large as those rows times the keys.
+    """
 
     key_ranges: Tensor
     segments: tuple[Segment, ...]
+    keep_biases: bool = True
     biases: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
     def bias(self, index: int, dtype: torch.dtype) -> Tensor | None:
-        """Additive mask (b, 1, rows, keys) of one segment, at most ``ROW_BLOCK`` rows high; None if it needs none."""
+        """Additive mask (1, 1, rows, keys) of one segment, whose samples see the same keys; at most ``ROW_BLOCK`` rows
+        high; None if it needs none."""
         segment = self.segments[index]
         if not segment.masked:
             return None
-        if (index, dtype) not in self.biases:
-            ranges = self.key_ranges[segment.samples, segment.rows]  # (b, rows, 2)
-            columns = torch.arange(segment.keys.start, segment.keys.stop, device=ranges.device, dtype=torch.int32)
-            visible = (columns >= ranges[..., :1]) & (columns < ranges[..., 1:])
-            bias = torch.zeros(visible.shape, dtype=dtype, device=ranges.device).masked_fill_(~visible, -math.inf)
-            self.biases[index, dtype] = bias[:, None]
-        return self.biases[index, dtype]
+        if (index, dtype) in self.biases:
+            return self.biases[index, dtype]
+        ranges = self.key_ranges[segment.samples, segment.rows][:1]  # (1, rows, 2)
+        columns = torch.arange(segment.keys.start, segment.keys.stop, device=ranges.device, dtype=torch.int32)
+        visible = (columns >= ranges[..., :1]) & (columns < ranges[..., 1:])
+        bias = torch.zeros(visible.shape, dtype=dtype, device=ranges.device).masked_fill_(~visible, -math.inf)[:, None]
+        if self.keep_biases:
+            self.biases[index, dtype] = bias
+        return bias
 
 
-def plan_attention(key_ranges: Tensor) -> AttentionPlan:
+def plan_attention(key_ranges: Tensor, *, keep_biases: bool = True) -> AttentionPlan:
     """Cover (B, Sq, 2) key ranges with as few library calls as their structure allows.
 
     Samples with equal ranges share a call. A run of rows that is plain causal becomes one causal call, rows that all
@@ -112,7 +120,7 @@ def plan_attention(key_ranges: Tensor) -> AttentionPlan:
             Segment(samples, slice(top, bottom), slice(first, last), causal, masked)
             for top, bottom, first, last, causal, masked in _row_segments(ranges)
         ]
-    return AttentionPlan(key_ranges, tuple(segments))
+    return AttentionPlan(key_ranges, tuple(segments), keep_biases)
 
 
 def _row_segments(ranges: Tensor) -> list[tuple[int, int, int, int, bool, bool]]:
@@ -220,7 +228,7 @@ def attention(
     tape = current_tape.get()
     if tape is not None and tape.given is not None:
         key, value, ranges = tape.given
-        plan = plan_attention(ranges)
+        plan = plan_attention(ranges, keep_biases=False)
     else:
         plan = _plan_for(module, query, key, attention_mask, is_causal)
     if tape is not None and tape.keys_only:
@@ -259,7 +267,7 @@ def _plan_for(
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One library call: query (b,H,rows,d) · key, value (b,Hkv,keys,d) · bias (b,1,rows,keys) or None."""
+    """One library call: query (b,H,rows,d) · key, value (b,Hkv,keys,d) · bias (1,1,rows,keys) or None."""
 
     query: Tensor
     key: Tensor

@@ -23,8 +23,8 @@ ROUNDING_ERROR = {torch.bfloat16: 1.3e-2, torch.float16: 2e-3}
 SHORTEST_PRUNED = 128
 
 # The error estimate: calibrated by `python -m benchmarks pruned`.
-MISSING_FACTOR = 9.0
-DROPPED_FACTOR = 0.2
+MISSING_FACTOR = 7.5
+DROPPED_FACTOR = 0.25
 
 # From this share of rows on, a layer costs less whole than its kept rows recomputed one by one.
 WHOLE_LAYER_SHARE = 0.6

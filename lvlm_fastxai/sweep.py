@@ -223,6 +223,8 @@ class Sweep:
         for number, slot in enumerate(slots):
             self._pull(slot, None, top, gradients[number], keep=keep or number + 1 < len(slots))
         self.input_gradients = []
+        if row_tolerance > 0 and self.fallback is None:
+            self.fallback = self._reason_against_parts(next(iter(next(filter(None, gradients)).values())).shape[1])
         for index in range(top, -1, -1):
             layer = self._layers[index]
 
@@ -236,7 +238,7 @@ class Sweep:
                     self._pull(bridge, gradient, index - 1, gradients[number], keep=not last)
 
             incoming = [part.pop(index, None) for part in gradients]
-            selection = self._select(layer, incoming, row_tolerance, shared=collect is not None)
+            selection = self._select(incoming, row_tolerance, shared=collect is not None)
             if selection is None:
                 step = self._whole(index, incoming, hand_on, keep, collect)
             else:
@@ -264,7 +266,7 @@ class Sweep:
                 gradient = torch.zeros_like(leaf)
             tape.grad_output = None
             (gradient,) = torch.autograd.grad(layer.graph, leaf, gradient, retain_graph=not last)
-            collected.append(_grad_output(tape, index))
+            collected.append(_grad_output([tape], index, leaf.shape[0])[:, 0])
             hand_on(number, gradient, last=last)
             del gradient
         if index == 0:
@@ -289,62 +291,70 @@ class Sweep:
         else:
             leaf = layer.input
         key, value, key_ranges = layer.keys
-        batch, slots = rows.shape[:2]
+        batch, slots, count = rows.shape
+        # As many slots at once as have together no more rows than the layer, which is what an exact sweep would run.
+        at_once = max(1, leaf.shape[1] // count)
+        tapes: list[LayerTape] = []
+        for first in range(0, slots, at_once):
+            chosen = rows[:, first : first + at_once]
+            group = chosen.shape[1]
 
-        def fold(tensor: Tensor) -> Tensor:
-            return tensor.detach()[:, None].expand(-1, slots, *tensor.shape[1:]).flatten(0, 1).requires_grad_()
+            def fold(tensor: Tensor, group: int = group) -> Tensor:
+                return tensor.detach()[:, None].expand(-1, group, *tensor.shape[1:]).flatten(0, 1).requires_grad_()
 
-        part = take_rows(leaf.detach(), rows).requires_grad_()
-        seen = fold(key), fold(value)
-        tape = LayerTape(given=(*seen, take_rows(key_ranges, rows)))
-        output = self._call(layer, tape, part, rows_of_call(layer.kwargs, rows, leaf.shape[1]))
-        gradient = torch.cat(
-            [
-                part.new_zeros(batch, *part.shape[1:]) if full is None else take_rows(full, rows[:, number, None])
-                for number, full in enumerate(incoming)
-            ],
-        )  # slot by slot, (N·B, n, D)
-        gradient = gradient.unflatten(0, (slots, batch)).transpose(0, 1).flatten(0, 1)
-        incoming.clear()
-        rows_gradient, *seen_gradients = torch.autograd.grad(output, (part, *seen), gradient)
-        del output, gradient, part, seen
-        tape.given = None
-        rows_gradient = rows_gradient.unflatten(0, (batch, slots))
-        key_gradient, value_gradient = (each.unflatten(0, (batch, slots)) for each in seen_gradients)
-        for number in range(slots):
-            last = not keep and number + 1 == slots
-            (down,) = torch.autograd.grad(
-                (key, value), leaf, (key_gradient[:, number], value_gradient[:, number]), retain_graph=not last
+            part = take_rows(leaf.detach(), chosen).requires_grad_()
+            seen = fold(key), fold(value)
+            tape = LayerTape(given=(*seen, take_rows(key_ranges, chosen)))
+            output = self._call(layer, tape, part, rows_of_call(layer.kwargs, chosen, leaf.shape[1]))
+            gradient = torch.stack(
+                [
+                    part.new_zeros(batch, count, part.shape[-1])
+                    if full is None
+                    else take_rows(full, chosen[:, number, None])
+                    for number, full in enumerate(incoming[first : first + group])
+                ],
+                dim=1,
             )
-            where = rows[:, number, :, None].expand(-1, -1, down.shape[-1])
-            hand_on(number, down.scatter_add_(1, where, rows_gradient[:, number]), last=last)
-            del down
+            incoming[first : first + group] = [None] * group
+            found = torch.autograd.grad(output, (part, *seen), gradient.flatten(0, 1))
+            del output, gradient, part, seen
+            tape.given = None
+            tapes.append(tape)
+            rows_gradient, key_gradient, value_gradient = (each.unflatten(0, (batch, group)) for each in found)
+            for number in range(group):
+                last = not keep and first + number + 1 == slots
+                (down,) = torch.autograd.grad(
+                    (key, value), leaf, (key_gradient[:, number], value_gradient[:, number]), retain_graph=not last
+                )
+                where = chosen[:, number, :, None].expand(-1, -1, down.shape[-1])
+                hand_on(first + number, down.scatter_add_(1, where, rows_gradient[:, number]), last=last)
+                del down
         if index == 0:
             self.first_input = leaf.detach()
-        grad_output = _grad_output(tape, index)
+        grad_output = _grad_output(tapes, index, batch)
         if collect is None:
-            return _step(index, tape, grad_output[:, None], selection)
-        by_slot = list(grad_output.unflatten(0, (batch, slots)).unbind(1))
-        first = slice(None, None, slots)
-        tape.query, tape.key, tape.value, tape.logsumexp, tape.key_ranges = (
-            each[first]  # type: ignore[index]
-            for each in (tape.query, tape.key, tape.value, tape.logsumexp, tape.key_ranges)
-        )
-        one = Selection(rows[:, :1], selection.counts[:, :1], selection.norms[:, :1])
-        return _step(index, tape, collect(index, by_slot, rows[:, 0]), one)
+            return _step(index, _joined(tapes, batch), grad_output.flatten(0, 1)[:, None], selection)
+        shared = _first_slot(tapes[0], batch)
+        # What the joined gradient's rows weigh: each by the slot that it comes from.
+        norms = collect(index, [norm[:, None, :, None] for norm in selection.norms.unbind(1)], None)
+        one = Selection(rows[:, :1], selection.counts.amax(1, keepdim=True), norms[:, :, 0, :, 0])
+        return _step(index, shared, collect(index, list(grad_output.unbind(1)), rows[:, 0]), one)
 
-    def _select(
-        self, layer: _Layer, incoming: list[Tensor | None], tolerance: float, *, shared: bool
-    ) -> Selection | None:
+    def _reason_against_parts(self, columns: int) -> str | None:
+        """Why the layers cannot be called on a part of their rows. One that cannot speaks for all: a sweep that has
+        pruned above it would not be exact."""
+        for layer in self._layers:
+            reason = reason_against(layer.args, layer.kwargs, columns)
+            if reason is not None:
+                return f"{type(layer.module).__name__}: {reason}"
+        return None
+
+    def _select(self, incoming: list[Tensor | None], tolerance: float, *, shared: bool) -> Selection | None:
         """Rows to keep, or None for all of them."""
         if tolerance == 0 or self.fallback is not None:
             return None
         present = next(gradient for gradient in incoming if gradient is not None)
         columns = present.shape[1]
-        reason = reason_against(layer.args, layer.kwargs, columns)
-        if reason is not None:
-            self.fallback = f"{type(layer.module).__name__}: {reason}"
-            return None
         norms = [
             present.new_zeros(present.shape[:2], dtype=torch.float32)
             if gradient is None
@@ -470,11 +480,35 @@ class Sweep:
             )
 
 
-def _grad_output(tape: LayerTape, index: int) -> Tensor:
-    if tape.grad_output is None:
-        raise UnsupportedModelError(f"decoder layer {index}: no gradient reaches its attention")
-    grad_output, tape.grad_output = tape.grad_output, None
-    return grad_output
+def _grad_output(tapes: list[LayerTape], index: int, batch: int) -> Tensor:
+    """(B, N, H, n, d) of all slots' tapes, (B·g, H, n, d) each; a tape's own is let go."""
+    parts = []
+    for tape in tapes:
+        if tape.grad_output is None:
+            raise UnsupportedModelError(f"decoder layer {index}: no gradient reaches its attention")
+        parts.append(tape.grad_output.unflatten(0, (batch, -1)))
+        tape.grad_output = None
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+_TAPED = ("query", "key", "value", "logsumexp", "key_ranges")
+
+
+def _joined(tapes: list[LayerTape], batch: int) -> LayerTape:
+    """One tape (B·N, …) of several groups of slots, (B·g, …) each."""
+    joined = tapes[0]
+    if len(tapes) > 1:
+        for name in _TAPED:
+            parts = [getattr(tape, name).unflatten(0, (batch, -1)) for tape in tapes]
+            setattr(joined, name, torch.cat(parts, dim=1).flatten(0, 1))
+    return joined
+
+
+def _first_slot(tape: LayerTape, batch: int) -> LayerTape:
+    """The tape (B, …) of the first slot of (B·g, …)."""
+    for name in _TAPED:
+        setattr(tape, name, getattr(tape, name).unflatten(0, (batch, -1))[:, 0])
+    return tape
 
 
 def _step(index: int, tape: LayerTape, grad_output: Tensor, selection: Selection | None) -> LayerStep:
