@@ -507,16 +507,26 @@ def clock(dense: Dense, descents: Descents, number: int, args: argparse.Namespac
 
 
 def time_answer(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All tokens of an answer in one call: pruned against the exact sweep, which shares its forward too."""
-    import lvlm_fastxai as fx
+    """All tokens of an answer in one call: the exact sweep, whose targets share a forward, against the pruned one with
+    a forward of its own and from what `generate()` computed, which is how `Explainer` runs it."""
+    from lvlm_fastxai.recording import Recorder
+    from lvlm_fastxai.relevancy import explain_rows
 
     from . import pruned_cases as cases
 
     model, half, tokenizer = load_models()
     case = cases.answer(model, tokenizer, "summary", cases.SUMMARY, args.columns, args.answer)
 
-    def explain(tolerance: float) -> Tensor:
-        return fx.relevancy_rows(model, case.inputs, case.targets, row_tolerance=tolerance)
+    recorder = Recorder(model)
+    with recorder:
+        answered = case.inputs["input_ids"][:, : case.columns - (args.answer - 1)]
+        model.generate(answered, attention_mask=answered.new_ones(answered.shape), **cases.greedy(args.answer))
+    recording, reason = recorder.recording()
+    if recording is None or recording.columns != case.columns:
+        raise SystemExit(f"time: generate() left nothing to start from: {reason}")
+
+    def explain(tolerance: float, start: Any = None) -> Tensor:
+        return explain_rows(model, case.inputs, case.targets, row_tolerance=tolerance, recording=start).rows
 
     tolerances = sorted(args.tolerances)
     exact = explain(0.0)
@@ -524,15 +534,18 @@ def time_answer(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     errors = {
         t: [
             compare(row, truth, target[1])["error"]
-            for row, truth, target in zip(explain(t), exact, case.targets, strict=True)
+            for row, truth, target in zip(explain(t, recording), exact, case.targets, strict=True)
         ]
         for t in tolerances
     }
     taken: dict[float, list[float]] = {t: [] for t in (0.0, *tolerances)}
-    with bar(args.rounds * len(taken), f"{args.answer}-token answer", "call") as progress:
+    recorded: dict[float, list[float]] = {t: [] for t in tolerances}
+    with bar(args.rounds * len(taken), f"{args.answer}-token answer", "round") as progress:
         for _ in range(args.rounds):
             for tolerance in taken:
                 taken[tolerance].append(machine.seconds(partial(explain, tolerance), "cpu"))
+                if tolerance in recorded:
+                    recorded[tolerance].append(machine.seconds(partial(explain, tolerance, recording), "cpu"))
                 progress.update(1)
     yield {
         "tokens": args.answer,
@@ -542,6 +555,8 @@ def time_answer(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             str(t): {
                 "seconds": statistics.median(taken[t]),
                 "times_faster": statistics.median(a / b for a, b in zip(taken[0.0], taken[t], strict=True)),
+                "recorded_seconds": statistics.median(recorded[t]),
+                "recorded_times_faster": statistics.median(a / b for a, b in zip(taken[0.0], recorded[t], strict=True)),
                 "errors": [float(f"{error:.4g}") for error in errors[t]],
                 "within_bf16": sum(a <= b for a, b in zip(errors[t], lost, strict=True)),
             }

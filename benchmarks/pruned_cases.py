@@ -112,6 +112,11 @@ def ordinary(tokenizer: Any, name: str, text: Text, columns: int, count: int) ->
     return Case(name, text.kind, inputs, [(0, row, tokens[row + 1]) for row in rows])
 
 
+def greedy(count: int) -> dict[str, Any]:
+    """Settings of `generate` for exactly ``count`` tokens."""
+    return {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+
+
 def answer(model: Any, tokenizer: Any, name: str, question: Question, columns: int, count: int = 1) -> Case:
     """The first ``count`` tokens that the model answers, in a sequence as long as the last of them needs.
 
@@ -129,9 +134,7 @@ def answer(model: Any, tokenizer: Any, name: str, question: Question, columns: i
     excerpt = tokens_of(tokenizer, question.files, room)
     ids = torch.tensor([head + excerpt + tail])
     with torch.inference_mode():
-        joined = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False
-        )[0].tolist()
+        joined = model.generate(ids, attention_mask=torch.ones_like(ids), **greedy(count))[0].tolist()
     targets = [(0, length - 1 + number, joined[length + number]) for number in range(count)]
     return Case(name, "answer", {"input_ids": torch.tensor([joined[:columns]])}, targets)
 
