@@ -364,8 +364,15 @@ def test_estimate_runs_no_model_and_grows(model, processor, picture, monkeypatch
     short, long = (explainer.estimate(picture, QUESTION, max_new_tokens=n) for n in (2, 20))
     assert short.seconds < long.seconds and short.bytes < long.bytes
     assert long.seconds == pytest.approx(sum(long.parts.values()))
-    lean = Explainer(model, processor, memory="lean").estimate(picture, QUESTION, max_new_tokens=2)
-    assert lean.bytes < short.bytes and lean.operations > short.operations
+    lean, least, pruned = (
+        Explainer(model, processor, **settings).estimate(picture, QUESTION, max_new_tokens=2)
+        for settings in ({"memory": "lean"}, {"memory": "min"}, {"row_tolerance": 0.3})
+    )
+    assert least.bytes < lean.bytes < short.bytes
+    # "min" runs the layers twice; "lean" does too, but starts from what generate() computed, without the vision tower.
+    assert least.operations > short.operations > lean.operations
+    assert lean.parts["forward"] == pruned.parts["forward"] == 0 < least.parts["forward"]
+    assert pruned.parts["backward"] < lean.parts["backward"] and pruned.operations < lean.operations
     assert short.sequence_length == long.sequence_length - 18
 
 
