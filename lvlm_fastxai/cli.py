@@ -245,8 +245,10 @@ def _check_question(args: argparse.Namespace) -> None:
     if args.max_new_tokens < 1:
         raise ArgumentError(f"--max-new-tokens: expected at least 1, got {args.max_new_tokens}")
     from .picture import load_picture
+    from .relevancy import check_row_tolerance
 
     load_picture(args.image)
+    check_row_tolerance(args.row_tolerance)
 
 
 def _own_arguments(args: argparse.Namespace) -> list[str]:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .methods import METHODS
 from .methods._base import GRADIENT_BUDGET_BYTES
 from .pruning import tolerances
+from .recording import saves_a_forward
 
 __all__ = ["Estimate", "MachineRates", "estimate_cost", "machine_rates"]
 
@@ -27,8 +29,8 @@ CALL_OVERHEAD_FACTOR = 3.0
 # A backward without weight gradients has one product per product of the forward; flash attention's has 5 for 2.
 ATTENTION_BACKWARD = 2.5
 # Share of a layer's rows that a pruned sweep keeps at most, by the least tolerance for which that holds: the largest of
-# 27 ordinary next-token targets of SmolLM2 at S = 320. Longer sequences keep a smaller share.
-ROWS_KEPT = ((0.3, 0.13), (0.2, 0.28), (0.1, 0.71))
+# 60 to 130 targets of SmolLM2 at S = 136 … 512 (benchmarks/results/pruned.json). Longer sequences keep a smaller share.
+ROWS_KEPT = ((0.3, 0.06), (0.2, 0.15), (0.1, 0.37), (0.05, 0.81))
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,10 @@ def estimate_cost(
     def attention(length: int) -> float:
         return 2 * length**2 * heads * head * layers  # 4·S²·d·H, and the causal half of it
 
-    # "auto" may try in vain first; at most, it is exact after all.
-    tolerance = tolerances(row_tolerance, model.dtype, total)[-1]
-    rows_kept = next((share for least, share in ROWS_KEPT if tolerance >= least), 1.0)
-    # What `generate` computed is what these sweeps start from.
-    records = method != "raw_attention" and (memory == "lean" or (memory == "fast" and tolerance > 0))
+    needs_gradient = METHODS[method].needs_gradient
+    tried = tolerances(row_tolerance, model.dtype, total)
+    records = saves_a_forward(needs_gradient, memory, tried)
+    recomputes = memory != "fast" or tried != (0.0,)
 
     def forward(length: int, rows: int) -> _Work:
         products = 2 * decoder_weights * length + 2 * head_weights * rows
@@ -174,18 +175,20 @@ def estimate_cost(
     vision = _Work(2 * vision_weights * patches, calls=vision_layers * CALLS_PER_LAYER)
     step = _Work(0.0, (decoder_weights + head_weights) * item, layers * CALLS_PER_LAYER + CALLS_PER_STEP)
     backward = _Work()
-    if method != "raw_attention":
+    if needs_gradient:
         # Products with the frozen weights, flash attention's backward, and the relevancy product.
         products = 2 * decoder_weights * total + (ATTENTION_BACKWARD + 1) * attention(total)
-        backward = _Work(products, calls=layers * BACKWARD_CALLS_PER_LAYER) * answer_length
-        if tolerance > 0:
+        whole = _Work(products, calls=layers * BACKWARD_CALLS_PER_LAYER) * answer_length
+        # "auto" may try in vain; at most, all of its attempts are made.
+        for tolerance in tried:
+            if tolerance == 0:
+                backward += whole + forward(total, 0) if recomputes else whole
+                continue
             # Each target recomputes its own rows; keys and values are computed for all rows once, and every target's
             # gradient goes through them.
-            of_rows = (backward + forward(total, 0) * answer_length) * rows_kept
+            of_rows = (whole + forward(total, 0) * answer_length) * _rows_kept(tolerance)
             keys = _Work(4 * layers * width * groups * head * total, calls=layers * CALLS_PER_LAYER)
-            backward = of_rows + keys * (answer_length + 1)
-        elif memory != "fast":
-            backward += forward(total, 0)
+            backward += of_rows + keys * (answer_length + 1)
     work = {
         "vision": vision,
         "prompt": forward(prompt_length, 1),
@@ -205,12 +208,13 @@ def estimate_cost(
         "lean": layers * total * width * item + 2 * of_layer,
         "min": 2 * of_layer,
     }[memory]
-    if tolerance > 0:
+    if tried != (0.0,):
         inputs = 0 if memory == "min" else layers * total * width * item
         # Keys and values with the normalised states that their graph starts from; of all layers in fast mode.
         keys_of_layer = total * (2 * width + 2 * groups * head) * item
-        kept = inputs + keys_of_layer * (layers if memory == "fast" else 1) + rows_kept * answer_length * of_layer
-    targets = answer_length if method != "raw_attention" else 0
+        # Targets go through a layer in groups with no more rows than it has.
+        kept = inputs + keys_of_layer * (layers if memory == "fast" else 1) + 2 * of_layer
+    targets = answer_length if needs_gradient else 0
     # Per target: the gradient above and below a layer, its dO, and the copy of all dO that the kernel reads.
     held = min(2 * targets * total * width * item, GRADIENT_BUDGET_BYTES) + 2 * targets * total * heads * head * item
     transient = 2 * total * (2 * middle + 4 * width) * item
@@ -223,6 +227,10 @@ def estimate_cost(
         operations=sum(part.operations for part in work.values()),
         sequence_length=total,
     )
+
+
+def _rows_kept(tolerance: float) -> float:
+    return next((share for least, share in ROWS_KEPT if tolerance >= least), 1.0)
 
 
 def _weights(module: nn.Module | None, but: nn.Module | None = None) -> int:

@@ -29,7 +29,7 @@ from .explanation import ExplainedImage, Explanation, PromptToken, Pruned, Token
 from .methods import METHODS
 from .picture import load_picture, one_line
 from .pruning import tolerances
-from .recording import Recorder, logits_agree
+from .recording import Recorder, logits_agree, saves_a_forward
 from .relevancy import RelevancyRows, check_row_tolerance, explain_rows
 from .sweep import MEMORY_MODES, Recording
 
@@ -295,14 +295,9 @@ class Explainer:
         return {name: value for name, value in inputs.items() if name in names}
 
     def _recorder(self, inputs: Mapping[str, Any]) -> Recorder | None:
-        """What will keep the pass of `generate` for the sweep; None where that saves nothing.
-
-        An exact sweep in fast mode wants every layer's activations and so takes a forward of its own; "min" takes one
-        because what is kept would stand in the device's memory while the answer is generated.
-        """
+        """What will keep the pass of `generate` for the sweep; None where that saves nothing."""
         tried = tolerances(self.row_tolerance, self.model.dtype, inputs["input_ids"].shape[1])
-        exact_and_fast = self.memory == "fast" and tried == (0.0,)
-        if not METHODS[self.method].needs_gradient or exact_and_fast or self.memory == "min":
+        if not saves_a_forward(METHODS[self.method].needs_gradient, self.memory, tried):
             return None
         try:
             return Recorder(self.model)

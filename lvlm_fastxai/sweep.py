@@ -288,8 +288,6 @@ class Sweep:
         leaf = self._store.get(layer.input)
         if layer.keys is None:
             layer.keys = self._take_keys(layer, leaf)
-        else:
-            leaf = layer.input
         key, value, key_ranges = layer.keys
         batch, slots, count = rows.shape
         # As many slots at once as have together no more rows than the layer, which is what an exact sweep would run.
@@ -467,8 +465,6 @@ class Sweep:
         with contextlib.suppress(KeysTaken):
             self._call(layer, tape, leaf, layer.kwargs)
         self._check_tape(tape, layer)
-        if self.memory == "fast":
-            layer.input = leaf
         return tape.key, tape.value, tape.key_ranges  # type: ignore[return-value]
 
     def _check_tape(self, tape: LayerTape, layer: _Layer) -> None:

@@ -9,7 +9,6 @@ models as they are run in fp32 and bf16.
 from __future__ import annotations
 
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import combinations
@@ -30,7 +29,7 @@ from test_oracles import (
     long_batch,
     some_targets,
 )
-from test_sweep import Stop, assert_same, fingerprint
+from test_sweep import Stop, assert_same, fingerprint, in_two_threads, put_to_use
 from torch import Tensor, nn
 
 import lvlm_fastxai as fx
@@ -617,12 +616,7 @@ def test_an_argument_that_is_the_same_for_all_rows_is_no_reason(given: str) -> N
 def in_use() -> tuple[nn.Module, dict[str, Any]]:
     """A model in the middle of its owner's work: partly frozen, in training mode, with gradients."""
     model, inputs = models.build("llava", torch.float32)
-    model.train()
-    for index, parameter in enumerate(model.parameters()):
-        parameter.requires_grad_(index % 3 > 0)
-        if index % 3 == 2:
-            parameter.grad = torch.ones_like(parameter)
-    next(model.children()).eval()
+    put_to_use(model)
     return model, inputs
 
 
@@ -710,19 +704,11 @@ def test_two_models_in_two_threads() -> None:
 
     def run(index: int) -> None:
         for memory in MEMORY * 3:
-            try:
-                found = explain(index, memory)
-            except Exception as error:  # would otherwise end the thread unseen
-                failures.append(f"model {index}, {memory}: {error!r}")
-                continue
+            found = explain(index, memory)
             if not torch.allclose(found.rows, expected[index].rows, rtol=1e-5, atol=1e-7):
                 failures.append(f"model {index}, {memory}: other rows")
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_two_threads(run)
     assert failures == []
 
 

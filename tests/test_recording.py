@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import models
@@ -13,7 +14,6 @@ from test_sweep import assert_same, fingerprint
 from torch import Tensor, nn
 
 import lvlm_fastxai as fx
-from lvlm_fastxai import explainer as explainer_module
 from lvlm_fastxai import tiny
 from lvlm_fastxai.recording import Recorder, logits_agree
 from lvlm_fastxai.relevancy import explain_rows
@@ -170,7 +170,7 @@ def test_logits_that_are_changed_after_the_head_take_a_forward(
         output.logits = 5.0 * torch.tanh(output.logits / 5.0)
         return output
 
-    capped.__signature__ = explainer_module.inspect.signature(plain)  # type: ignore[attr-defined]
+    capped.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
     monkeypatch.setattr(type(model), "forward", capped)
     exact = fx.Explainer(model, processor)(picture, question)
     forwards = Forwards(model)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -48,6 +48,22 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
             assert value == after[name], name
 
 
+def put_to_use(model: nn.Module) -> None:
+    """Leave the model as in the middle of its owner's work: partly frozen, in training mode, with gradients."""
+    model.train()
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(index % 3 > 0)
+        if index % 3 == 2:
+            parameter.grad = torch.ones_like(parameter)
+    next(model.children()).eval()
+
+
+def in_two_threads(run: Callable[[int], None]) -> None:
+    """``run(0)`` and ``run(1)`` at once; an exception in either is raised here."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+
+
 @pytest.fixture
 def llava() -> tuple[nn.Module, dict[str, Any]]:
     return build("llava", torch.float32)
@@ -57,12 +73,7 @@ def llava() -> tuple[nn.Module, dict[str, Any]]:
 def used(llava: tuple[nn.Module, dict[str, Any]]) -> tuple[nn.Module, dict[str, Any]]:
     """A model in the middle of its owner's work: partly frozen, in training mode, with gradients and dropout."""
     model, inputs = llava
-    model.train()
-    for index, parameter in enumerate(model.parameters()):
-        parameter.requires_grad_(index % 3 > 0)
-        if index % 3 == 2:
-            parameter.grad = torch.ones_like(parameter)
-    next(model.children()).eval()
+    put_to_use(model)
     return model, inputs
 
 
@@ -201,11 +212,7 @@ def test_two_models_in_two_threads() -> None:
             if not torch.allclose(found, expected[index], rtol=1e-5, atol=1e-7):
                 failures.append(f"model {index}, {memory}")
 
-    threads = [threading.Thread(target=explain, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_two_threads(explain)
     assert failures == []
 
 
