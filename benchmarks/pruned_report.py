@@ -19,6 +19,7 @@ NOT_MEASURED = "(not yet measured)"
 COMMANDS = {
     "tradeoff-text": "tradeoff --measure text",
     "tradeoff-picture": "tradeoff --measure picture",
+    "tradeoff-real": "tradeoff --measure real",
     "calibrate": "calibrate",
     "time-targets": "time --measure targets",
     "time-answer": "time --measure answer",
@@ -62,6 +63,7 @@ def section(part: str, results: Mapping[str, Any]) -> str:
     made: dict[str, Callable[[Mapping[str, Any], Any], str]] = {
         "tradeoff-text": text_tables,
         "tradeoff-picture": picture_tables,
+        "tradeoff-real": picture_tables,
         "calibrate": calibration_tables,
         "time-targets": target_tables,
         "time-answer": answer_table,
@@ -80,7 +82,9 @@ def main(results: Mapping[str, Any], *, only_print: bool) -> int:
     if only_print:
         return 0
     document = DOCUMENT.read_text(encoding="utf-8")
-    trades = {kind: results[f"tradeoff-{kind}"] for kind in ("text", "picture") if f"tradeoff-{kind}" in results}
+    trades = {
+        kind: results[f"tradeoff-{kind}"] for kind in ("text", "picture", "real") if f"tradeoff-{kind}" in results
+    }
     if trades:
         plot_tradeoff(trades, IMAGES / "pruned-tradeoff.png")
     if "growth" in results:
@@ -91,14 +95,23 @@ def main(results: Mapping[str, Any], *, only_print: bool) -> int:
     }
     for part, (measured, file, caption) in pictures.items():
         sections[part] = f"![{caption}](images/{file})" if measured else NOT_MEASURED
+    DOCUMENT.write_text(written(document, sections), encoding="utf-8")
+    return 0
+
+
+def written(document: str, sections: Mapping[str, str]) -> str:
+    """The document with each section between the comments that name it.
+
+    Raises:
+        SystemExit: it has no place for one.
+    """
     for part, text in sections.items():
         place = re.compile(rf"(<!-- {part}: written by .*? -->\n).*?(<!-- end of {part} -->)", re.DOTALL)
         if not place.search(document):
-            raise SystemExit(f"{DOCUMENT.name}: no place for {part!r}")
+            raise SystemExit(f"the document has no place for {part!r}")
         # Through a function, so that no backslash in the text is taken for an escape.
         document = place.sub(partial(filled, text), document)
-    DOCUMENT.write_text(document, encoding="utf-8")
-    return 0
+    return document
 
 
 def filled(text: str, place: re.Match[str]) -> str:
@@ -413,10 +426,12 @@ COLORS = {
     "prose": "#009E73",
     "code": "#E69F00",
     "picture": "#CC79A7",
+    "real": "#D55E00",
     "bf16": "#40444b",
 }
-MARKERS = dict(zip(COLORS, "os^Dx", strict=True))
-PLOT_TITLES = {**KINDS, "picture": "shipped LVLM, pictures"}
+MARKERS = dict(zip(COLORS, "os^Dvx", strict=True))
+PLOT_TITLES = {**KINDS, "picture": "shipped LVLM, pictures", "real": "DINOv2 + SmolLM2, pictures"}
+HALF_TITLES = {"text": ("SmolLM2", "-"), "picture": ("shipped LVLM", "--"), "real": ("DINOv2 + SmolLM2", "-.")}
 
 
 def figure_of(width: float, height: float) -> Any:
@@ -440,7 +455,12 @@ def finish(figure: Any, axes: Sequence[Any], head: Mapping[str, Any], path: Path
 def plot_tradeoff(entries: Mapping[str, Any], path: Path) -> None:
     """Error against the rows kept and against ε, every target a dot, medians joined; dense bf16 on the same axes."""
     halves = {name: as_points(entry["results"]["bf16"]) for name, entry in entries.items()}
-    points = [point for entry in entries.values() for point in as_points(entry["results"]["points"])]
+    # Both LVLMs' targets are pictures.
+    points = [
+        {**point, "kind": name if name == "real" else point["kind"]}
+        for name, entry in entries.items()
+        for point in as_points(entry["results"]["points"])
+    ]
     dense = [point for half in halves.values() for point in half]
     tolerances = sorted({point["tolerance"] for point in points})
     figure = figure_of(11, 5)
@@ -458,10 +478,9 @@ def plot_tradeoff(entries: Mapping[str, Any], path: Path) -> None:
         kept.plot([100 * median(values(g, "kept")) for g in groups], middle, label=PLOT_TITLES[kind], **style)
         over.plot([shift * t for t in tolerances], middle, **style)
     for name, half in halves.items():
-        lost, line = values(half, "error"), {"text": "-", "picture": "--"}[name]
-        title = "dense bf16, SmolLM2" if name == "text" else "dense bf16, shipped LVLM"
+        lost, (model, line) = values(half, "error"), HALF_TITLES[name]
         for axis in (kept, over):
-            axis.axhline(median(lost), color=COLORS["bf16"], linestyle=line, linewidth=1, label=title)
+            axis.axhline(median(lost), color=COLORS["bf16"], linestyle=line, linewidth=1, label=f"dense bf16, {model}")
             axis.axhspan(quantile(lost, 0.25), quantile(lost, 0.75), color=COLORS["bf16"], alpha=0.08, linewidth=0)
     errors = values(dense, "error")
     kept.scatter([100] * len(errors), errors, s=7, alpha=0.3, color=COLORS["bf16"], marker=MARKERS["bf16"])
