@@ -42,10 +42,11 @@ RESULTS = machine.ROOT / "benchmarks" / "results" / "real-lvlm.json"
 DOCUMENT = machine.ROOT / "docs" / "real-lvlm.md"
 
 RANK = 16
-PICTURES, QUESTIONS = 2, 16
+PICTURES, QUESTIONS = 2, 14
 # Most patches are background: in the first part of the training a picture hands over these only, objects' first.
-FEW_PATCHES, FEW_SHARE = 80, 0.65
+FEW_PATCHES, FEW_SHARE = 80, 0.75
 ADAPTER_RATE, PROJECTOR_RATE, WARM_UP = 1e-3, 3e-4, 20
+SHARED_WORDS = 0.5
 ALIGN_STEPS, ALIGN_PATCHES, ALIGN_RATE = 500, 2048, 2e-3
 CHECKPOINT_SECONDS = 180
 
@@ -59,7 +60,7 @@ KIND_WEIGHTS = {
     "position": 2.0,
     "count": 1.0,
     "relation": 0.7,
-    "description": 0.5,
+    "description": 3.0,
     "comparison": 0.3,
     "easy-vqa shape": 3.0,
     "easy-vqa color": 3.0,
@@ -95,6 +96,8 @@ class PatchWords:
     """
 
     def __init__(self, tokenizer: Any, embeddings: Tensor) -> None:
+        import torch
+
         from lvlm_fastxai.tiny.data import LABEL_VALUES
 
         from .real_lvlm_data import ATTRIBUTES
@@ -103,18 +106,22 @@ class PatchWords:
         self._length = 0.7 * (embeddings - self._middle).norm(dim=-1).mean()
 
         def vectors(words: Sequence[str]) -> Tensor:
-            import torch
-
-            # Each word as it begins a text and as it stands inside one: the first is how answers begin.
+            # Each word as it begins a text and as it stands inside one: the first is how answers begin. Words of one
+            # group are much alike, "small" and "large" above all: what they share would drown what tells them apart.
             rows = [
                 embeddings[[*tokenizer(word)["input_ids"], *tokenizer(f" {word}")["input_ids"]]].mean(0)
                 for word in words
             ]
-            return torch.nn.functional.normalize(torch.stack(rows) - self._middle, dim=-1)
+            apart = torch.stack(rows) - self._middle
+            shared = apart.mean(0)
+            if len(words) == 1:
+                return torch.nn.functional.normalize(apart, dim=-1)
+            unit = torch.nn.functional.normalize
+            return unit(apart - shared, dim=-1) + SHARED_WORDS * unit(shared, dim=-1)
 
         self._attributes = [vectors(LABEL_VALUES[name]) for name in ATTRIBUTES]
         self._background = vectors(["background"])
-        self._sides = vectors(["right", "left", "bottom", "top"])
+        self._sides = torch.cat([vectors(["right", "left"]), vectors(["bottom", "top"])])
 
     def __call__(self, labels: Tensor, places: Tensor) -> Tensor:
         """(n, width) of patches.
@@ -219,6 +226,7 @@ class Training:
     """Projector and adapters, their optimiser, and how far they are."""
 
     def __init__(self, folder: Path) -> None:
+        import numpy
         import torch
 
         from . import real_lvlm_data as data
@@ -231,6 +239,8 @@ class Training:
         self.language_model.requires_grad_(False)
         data.make_pictures(folder / "pictures")
         self.pictures = data.load_pictures(folder / "pictures")
+        for row, (labels, asked) in enumerate(zip(self.pictures.labels, self.pictures.questions, strict=True)):
+            asked += data.descriptions(labels, numpy.random.default_rng([4, row]))
         self.decoder: AdaptedDecoder = parts.AdaptedDecoder(
             self.language_model.model, self.language_model.lm_head.weight, RANK
         )

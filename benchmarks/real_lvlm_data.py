@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,32 @@ def patch_labels(scene: scenes.Scene) -> tuple[np.ndarray, np.ndarray]:
         labels[mine, 1:] = [data.LABEL_VALUES[name].index(each.attribute(name)) for name in ATTRIBUTES]
         places[mine] = np.array(each.center) / (scenes.CANVAS / 2) - 1
     return labels, places
+
+
+def descriptions(labels: np.ndarray, rng: np.random.Generator) -> list[data.Asked]:
+    """A question to describe each object of a scene, named by as few attributes as tell it from the others.
+
+    Attributes are bound to each other by these many times faster than by questions with one word for an answer: four
+    words are looked up for the price of one question.
+
+    Args:
+        labels: (patches, 5) of one picture, as :class:`Pictures` has them.
+    """
+    objects = np.unique(labels[labels[:, 0] == 1, 1:], axis=0)
+    asked = []
+    for own in objects[(objects != IGNORE).all(1)] if len(objects) > 1 else ():
+        words = {name: data.LABEL_VALUES[name][value] for name, value in zip(ATTRIBUTES, own, strict=True)}
+        for count in range(1, len(ATTRIBUTES)):
+            chosen = [sorted(each) for each in combinations(range(len(ATTRIBUTES)), count)]
+            chosen = [each for each in chosen if (objects[:, each] == own[each]).all(1).sum() == 1]
+            if chosen:
+                names = [ATTRIBUTES[n] for n in chosen[rng.integers(len(chosen))]]
+                told = [words[name] for name in ("size", "color", "texture") if name in names]
+                phrase = " ".join([*told, words["shape"] if "shape" in names else "object"])
+                answer = " ".join(["a", *(words[name] for name in ("size", "color", "texture", "shape"))])
+                asked.append(data.Asked(f"describe the {phrase}.", answer, "description"))
+                break
+    return asked
 
 
 def training_pictures() -> Iterator[tuple[Image.Image, np.ndarray, np.ndarray, list[data.Asked]]]:

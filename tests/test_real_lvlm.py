@@ -168,6 +168,19 @@ def test_patch_labels_say_what_lies_there() -> None:
     assert (labels[labels[:, 0] != 1, 1:] == data.IGNORE).all()
 
 
+def test_an_object_is_described_by_what_its_name_leaves_open() -> None:
+    scene = scenes.generate_scene(2, num_objects=3)
+    labels, _ = data.patch_labels(scene)
+    asked = data.descriptions(labels, np.random.default_rng(0))
+    assert {question.answer for question in asked} == {" ".join(["a", *each.words]) for each in scene.objects}
+    for question in asked:
+        named = set(question.text.removeprefix("describe the ").strip(".").split()) - {"object"}
+        (meant,) = [each for each in scene.objects if named <= set(each.words)]
+        assert question.answer == " ".join(["a", *meant.words])
+    labels[:, 0] = 0
+    assert data.descriptions(labels, np.random.default_rng(0)) == []
+
+
 def test_words_of_a_patch_are_those_of_its_object() -> None:
     words = [word for name in data.ATTRIBUTES for word in data.data.LABEL_VALUES[name]]
     known = {word: number for number, word in enumerate([*words, "background", "left", "right", "top", "bottom"])}
