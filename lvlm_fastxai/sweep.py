@@ -207,6 +207,7 @@ class Sweep:
         keep: bool = False,
         collect: Collect | None = None,
         row_tolerance: float = 0.0,
+        relevancy: Callable[[], Tensor] | None = None,
     ) -> Iterator[LayerStep]:
         """Walk down from the top layer.
 
@@ -215,6 +216,7 @@ class Sweep:
             keep: keep the activations for another descent (fast mode; the others recompute anyway).
             collect: makes one dO of all slots'; they are stacked by default. The slots then share their rows.
             row_tolerance: ε; one of ``tolerances``.
+            relevancy: gives the running rows (B, N or 1, S) as they are above the layer whose rows are selected next.
         """
         top = len(self._layers) - 1
         # gradients[n][l]: of slot n at the output of layer l. More than one entry is open only while a model feeds an
@@ -238,7 +240,7 @@ class Sweep:
                     self._pull(bridge, gradient, index - 1, gradients[number], keep=not last)
 
             incoming = [part.pop(index, None) for part in gradients]
-            selection = self._select(incoming, row_tolerance, shared=collect is not None)
+            selection = self._select(incoming, row_tolerance, relevancy, shared=collect is not None)
             if selection is None:
                 step = self._whole(index, incoming, hand_on, keep, collect)
             else:
@@ -304,16 +306,9 @@ class Sweep:
             seen = fold(key), fold(value)
             tape = LayerTape(given=(*seen, take_rows(key_ranges, chosen)))
             output = self._call(layer, tape, part, rows_of_call(layer.kwargs, chosen, leaf.shape[1]))
-            gradient = torch.stack(
-                [
-                    part.new_zeros(batch, count, part.shape[-1])
-                    if full is None
-                    else take_rows(full, chosen[:, number, None])
-                    for number, full in enumerate(incoming[first : first + group])
-                ],
-                dim=1,
-            )
+            above = [torch.zeros_like(leaf) if full is None else full for full in incoming[first : first + group]]
             incoming[first : first + group] = [None] * group
+            gradient = torch.stack([take_rows(full, chosen[:, n, None]) for n, full in enumerate(above)], dim=1)
             found = torch.autograd.grad(output, (part, *seen), gradient.flatten(0, 1))
             del output, gradient, part, seen
             tape.given = None
@@ -325,8 +320,11 @@ class Sweep:
                     (key, value), leaf, (key_gradient[:, number], value_gradient[:, number]), retain_graph=not last
                 )
                 where = chosen[:, number, :, None].expand(-1, -1, down.shape[-1])
-                hand_on(first + number, down.scatter_add_(1, where, rows_gradient[:, number]), last=last)
+                # The gradient of rows that are left out goes past the layer, on its residual connection.
+                down += above[number].scatter(1, where, rows_gradient[:, number])
+                hand_on(first + number, down, last=last)
                 del down
+            del above
         if index == 0:
             self.first_input = leaf.detach()
         grad_output = _grad_output(tapes, index, batch)
@@ -347,7 +345,14 @@ class Sweep:
                 return f"{type(layer.module).__name__}: {reason}"
         return None
 
-    def _select(self, incoming: list[Tensor | None], tolerance: float, *, shared: bool) -> Selection | None:
+    def _select(
+        self,
+        incoming: list[Tensor | None],
+        tolerance: float,
+        relevancy: Callable[[], Tensor] | None,
+        *,
+        shared: bool,
+    ) -> Selection | None:
         """Rows to keep, or None for all of them."""
         if tolerance == 0 or self.fallback is not None:
             return None
@@ -359,7 +364,8 @@ class Sweep:
             else torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
             for gradient in incoming
         ]
-        selection = select_rows(torch.stack(norms, dim=1), tolerance, shared=shared)
+        running = None if relevancy is None else relevancy()
+        selection = select_rows(torch.stack(norms, dim=1), tolerance, relevancy=running, shared=shared)
         return selection if selection.rows.shape[-1] <= WHOLE_LAYER_SHARE * columns else None
 
     def _pull(

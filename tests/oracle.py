@@ -7,7 +7,7 @@ Shares no code with the library. Attention is eager's formula, with one differen
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +168,59 @@ def relative_error(found: Tensor, truth: Tensor) -> Tensor:
     return (found.double() - truth.double()).abs().sum(-1) / truth.double().abs().sum(-1)
 
 
+# Which rows (S,) bool of a layer to keep, from its index, the norms (S,) of the gradient at its output, and the running
+# relevancy (S,) above it.
+Choose = Callable[[int, Tensor, Tensor], Tensor]
+
+
+def pruned_relevance(
+    model: nn.Module, inputs: Mapping[str, Any], target: Target, choose: Choose
+) -> tuple[list[Tensor], Tensor]:
+    """The pruned sweep after its definition: Ā of every layer (S,S), bottom layer first, and the row (S,) they make.
+
+    Going down, a layer's backward is taken of the chosen rows of the gradient at its output; the others are added to
+    the gradient at its input as they are. Nothing is left out of any matrix.
+    """
+    sample, query_row, token = target
+    layers = next(m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList))
+    entered: list[Tensor] = []
+    left: list[Tensor] = []
+    handles = []
+    for layer in layers:
+        handles.append(
+            layer.register_forward_pre_hook(
+                lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
+        )
+        handles.append(
+            layer.register_forward_hook(
+                lambda module, args, output: left.append(output[0] if isinstance(output, tuple) else output)
+            )
+        )
+    try:
+        logits, kept = forward(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    (gradient,) = torch.autograd.grad(logits[sample, query_row, token], left[-1], retain_graph=True)
+    matrices: list[Tensor] = []
+    row = torch.zeros_like(gradient[sample, :, 0])
+    row[query_row] = 1
+    for index in reversed(range(len(layers))):
+        mask = choose(index, gradient[sample].norm(dim=-1), row)[:, None]
+        probabilities = kept[index].probabilities
+        down, of_attention = torch.autograd.grad(
+            left[index], (entered[index], probabilities), gradient * mask, retain_graph=True
+        )
+        gradient = down + gradient * ~mask
+        if index > 0 and entered[index] is not left[index - 1]:  # the model changes the states between its layers
+            (gradient,) = torch.autograd.grad(entered[index], left[index - 1], gradient, retain_graph=True)
+        matrices.insert(0, (of_attention[sample] * probabilities[sample]).clamp(min=0).mean(0).detach())
+        row = row + row @ matrices[0]
+    return matrices, row
+
+
 def pruned_chefer_row(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -177,44 +230,21 @@ def pruned_chefer_row(
 ) -> tuple[Tensor, list[int]]:
     """The pruned sweep's row (S,), and how many rows each layer kept, bottom layer first.
 
-    After the definition, with nothing left out of any matrix: the gradient at a layer's output loses all rows but the
-    smallest set that holds a share 1 − `tolerance` of their norms (`rows_kept`: as many of the largest as that says).
+    A layer keeps the smallest set of rows that holds a share 1 − `tolerance` of norm_i / Σ norm + 5 · row_i norm_i /
+    Σ row · norm (`rows_kept`: as many of the highest as that says).
     """
-    sample, query_row, _ = target
-    layers = next(m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList))
-    kept_rows: list[Tensor | None] = [None] * len(layers)
+    counts: list[int] = []
 
-    def keep(gradient: Tensor, index: int) -> Tensor:
-        norms = gradient[sample].norm(dim=-1)
-        largest = norms.argsort(descending=True)
-        held = norms[largest].cumsum(0)
+    def choose(index: int, norms: Tensor, row: Tensor) -> Tensor:
+        scores = norms / norms.sum() + 5 * row * norms / (row * norms).sum()
+        highest = scores.argsort(descending=True)
+        held = scores[highest].cumsum(0)
         count = int((held < (1 - tolerance) * held[-1]).sum()) + 1
         if rows_kept is not None:
             assert rows_kept[index] >= count
             count = rows_kept[index]
-        mask = torch.zeros_like(norms, dtype=torch.bool)
-        mask[largest[:count]] = True
-        kept_rows[index] = mask
-        return gradient * mask[:, None]
+        counts.insert(0, count)
+        return torch.zeros_like(norms, dtype=torch.bool).scatter(0, highest[:count], value=True)
 
-    def catch(index: int) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            hidden.register_hook(lambda gradient: keep(gradient, index))
-
-        return hook
-
-    handles = [layer.register_forward_hook(catch(index)) for index, layer in enumerate(layers)]
-    try:
-        logits, kept = forward(model, inputs)
-        matrices = relevance(kept, gradients(logits, kept, target), sample)
-    finally:
-        for handle in handles:
-            handle.remove()
-    row = torch.zeros_like(matrices[0][0])
-    row[query_row] = 1
-    for index in reversed(range(len(matrices))):
-        mask = kept_rows[index]
-        assert mask is not None
-        row = row + (row * mask) @ matrices[index]
-    return row.detach(), [int(mask.sum()) for mask in kept_rows if mask is not None]
+    _, row = pruned_relevance(model, inputs, target, choose)
+    return row, counts

@@ -63,10 +63,18 @@ class Method(ABC):
         Where the sweep has several tolerances to try, the first whose estimated error is below the dtype's rounding.
         """
         *attempts, last = sweep.tolerances
+        row = torch.empty(0)
+
+        def running() -> Tensor:
+            # Slots that make one gradient together have no rows of their own.
+            return row if collect is None else row.mean(1, keepdim=True)
+
         for tolerance in (*attempts, last):
             row, ledger = self.targets.start_rows(slots, sweep.logits.device, row_dtype(sweep)), Ledger()
             final = tolerance == last
-            for step in sweep.descend(scalars, keep=keep or not final, collect=collect, row_tolerance=tolerance):
+            for step in sweep.descend(
+                scalars, keep=keep or not final, collect=collect, row_tolerance=tolerance, relevancy=running
+            ):
                 row = advance(row, step, ledger)
             if final or bool((ledger.close(row)[2] <= sweep.error_limit).all()):
                 break
