@@ -6,6 +6,7 @@ questions made of this repository's files, the LVLM that ships on held-out pictu
 relative L1 error with the self entry taken out; dense bf16 is the exact sweep of the model cast to bf16.
 
     python -m benchmarks pruned tradeoff      error, rank correlation, top-10 overlap, pointing game over the tolerance
+    python -m benchmarks pruned weights       how many rows it takes, over what a row's part in the map counts
     python -m benchmarks pruned calibrate     the error estimate's two constants, and how often it covers
     python -m benchmarks pruned time          against the dense activation-only backward, one target, an answer, memory
     python -m benchmarks pruned growth        time against the length of the sequence
@@ -45,13 +46,16 @@ if TYPE_CHECKING:
 
 RESULTS = machine.ROOT / "benchmarks" / "results" / "pruned.json"
 
-TOLERANCES = (0.01, 0.03, 0.1, 0.2, 0.3)
-TIMED_TOLERANCES = (0.3, 0.2, 0.15, 0.1, 0.05, 0.03)
+TOLERANCES = (0.003, 0.01, 0.03, 0.1, 0.2)
+TIMED_TOLERANCES = (0.2, 0.15, 0.12, 0.1, 0.08, 0.05, 0.03)
 CALIBRATION_TOLERANCES = (0.02, 0.05, 0.1, 0.2)
-HELD_OUT_TOLERANCES = (0.01, 0.03, 0.1, 0.15, 0.3)
+HELD_OUT_TOLERANCES = (0.01, 0.03, 0.07, 0.15, 0.3)
 CALIBRATION_LENGTHS = (136, 320, 768)
 HELD_OUT_LENGTHS = (128, 256, 512, 1024)
 CALIBRATED_COVERAGE = 0.97
+WEIGHTS = (0.0, 1.0, 5.0, 15.0)
+# What the rows needed for a given error are interpolated between, largest first.
+WEIGHED_TOLERANCES = (0.8, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.035, 0.025, 0.017, 0.012, 0.008, 0.005, 0.003)
 SAVED_PICTURES = 20
 
 Point = dict[str, Any]
@@ -303,6 +307,58 @@ def picture_tradeoff(model: Any, processor: Any, args: argparse.Namespace) -> It
             if len(pointing) % SAVED_PICTURES == 0:
                 yield tables()
     yield tables()
+
+
+# weights
+
+
+def weights(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Share of the rows that every weight of the selection's second term keeps where it errs as much as bf16 does."""
+    from . import pruned_cases as cases
+
+    model, half, tokenizer = load_models()
+    points: list[Point] = []
+    with bar(len(args.lengths) * (2 * args.targets + len(cases.QUESTIONS)), "weights") as progress:
+        for columns in args.lengths:
+            chosen = [
+                cases.answer(model, tokenizer, name, question, columns) for name, question in cases.QUESTIONS.items()
+            ]
+            chosen += [
+                cases.ordinary(tokenizer, name, cases.TEXTS[name], columns, args.targets)
+                for name in ("documentation", "engine")
+            ]
+            for case in chosen:
+                exact = exact_rows(model, case)
+                dense = half_points(half, case, exact)
+                with opened(model, case) as descents:
+                    for number, lost in enumerate(dense):
+                        for weight in WEIGHTS:
+                            kept = rows_for_error(descents, number, exact[number], lost, weight)
+                            points.append({**described(case, number), "weight": weight, "kept": kept})
+                        progress.update(1)
+                yield {"points": as_table(points)}
+
+
+def rows_for_error(descents: Descents, number: int, exact: Tensor, lost: Point, weight: float) -> float:
+    """Share of the rows at which the pruned row's error is that of ``lost``, between the tolerances around it."""
+    import numpy
+
+    from lvlm_fastxai import pruning
+
+    before = pruning.RELEVANCY_WEIGHT
+    pruning.RELEVANCY_WEIGHT = weight
+    found: list[tuple[float, float]] = []
+    try:
+        for tolerance in WEIGHED_TOLERANCES:
+            error = compare(descents.row(number, tolerance), exact, lost["row"])["error"]
+            found.append((error, descents.certificate(number)["kept"]))
+            if error <= lost["error"]:
+                break
+    finally:
+        pruning.RELEVANCY_WEIGHT = before
+    (low, more), (high, fewer) = found[-1], found[max(0, len(found) - 2)]
+    share = numpy.interp(numpy.log(lost["error"]), numpy.log([low, high]), numpy.log([more, fewer]))
+    return float(numpy.exp(share))
 
 
 # calibrate
@@ -749,6 +805,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--targets", type=int, default=4, help="per text; answers get half as many (default: %(default)s)")
     add("--pictures", type=int, default=200, help="held-out pictures asked about (default: %(default)s)")
 
+    add = part("weights", "share of the rows that bf16's error takes, over what a row's part in the map counts")
+    lengths(add, (384,))
+    add("--targets", type=int, default=4, help="per text, of two (default: %(default)s)")
+
     add = part("calibrate", "fit the error estimate's constants, and count how often it covers held-out errors")
     lengths(add, CALIBRATION_LENGTHS, text="columns S of the calibration texts")
     lengths(add, HELD_OUT_LENGTHS, "--held-out-lengths", "columns S of the held-out texts, none of them among those")
@@ -794,6 +854,7 @@ MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]
     "tradeoff-text": tradeoff_text,
     "tradeoff-picture": tradeoff_picture,
     "tradeoff-real": tradeoff_real,
+    "weights": weights,
     "calibrate": calibrate,
     "time-targets": time_targets,
     "time-answer": time_answer,

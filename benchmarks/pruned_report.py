@@ -20,6 +20,7 @@ COMMANDS = {
     "tradeoff-text": "tradeoff --measure text",
     "tradeoff-picture": "tradeoff --measure picture",
     "tradeoff-real": "tradeoff --measure real",
+    "weights": "weights",
     "calibrate": "calibrate",
     "time-targets": "time --measure targets",
     "time-answer": "time --measure answer",
@@ -64,6 +65,7 @@ def section(part: str, results: Mapping[str, Any]) -> str:
         "tradeoff-text": text_tables,
         "tradeoff-picture": picture_tables,
         "tradeoff-real": picture_tables,
+        "weights": weight_table,
         "calibrate": calibration_tables,
         "time-targets": target_tables,
         "time-answer": answer_table,
@@ -234,6 +236,17 @@ def pointing_table(points: Sequence[Point]) -> str:
         same = statistics.fmean(values(points, f"same cell, {name}"))
         rows.append([title, f"{statistics.fmean(values(points, name)):.1%}", f"{same:.1%}"])
     return markdown(["", "pointing game", "highest cell is the exact map's"], rows)
+
+
+def weight_table(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    points = as_points(results["points"])
+    rows = []
+    for weight in sorted({point["weight"] for point in points}):
+        own = values([point for point in points if point["weight"] == weight], "kept")
+        rows.append([f"{weight:g}", percent(statistics.geometric_mean(own)), percent(min(own)), percent(max(own))])
+    count = len(points) // len(rows)
+    header = [f"weight ({count} targets, S = {', '.join(map(str, settings['lengths']))})"]
+    return markdown([*header, "rows kept, geometric mean", "fewest", "most"], rows)
 
 
 def calibration_tables(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:

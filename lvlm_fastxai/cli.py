@@ -158,7 +158,7 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
         type=_row_tolerance,
         default=0.0,
         metavar="E",
-        help="share of the gradient norm that may be left out at each layer, 0 to below 1; 'auto': as much as the "
+        help="share of the gradient and relevancy that may be left out at each layer, 0 to below 1; 'auto': as much as the "
         "rounding of the model's dtype hides, which in float32 is nothing (default: %(default)s, exact)",
     )
     parser.add_argument(

@@ -54,7 +54,7 @@ class Pruned:
 
     Attributes:
         rows_kept: positions of each decoder layer that took part, bottom layer first.
-        dropped: share of the gradient norm left out at each layer.
+        dropped: share of the gradient norm whose rows were left out, at each layer.
         estimated_error: of the token's relevancy, relative L1; the true error was below it in at least 95 % of the
             held-out cases of docs/pruned-sweep.md.
     """
