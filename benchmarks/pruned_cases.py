@@ -71,18 +71,25 @@ QUESTIONS = {
 }
 SUMMARY = Question(("LICENSE", *_DOCUMENTS), "Summarize this text in one sentence.")
 
+_HOUSE = ("docs/architecture.md", "docs/extending.md", "CHANGELOG.md")
+_KERNEL = ("csrc/cpu/relevancy_product_kernel.cpp",)
+_ORACLE = ("tests/oracle.py", "tests/test_oracles.py")
 CALIBRATION_TEXTS = {
-    "house": Text("prose", ("docs/architecture.md", "docs/extending.md", "CHANGELOG.md")),
+    "house": Text("prose", _HOUSE),
+    "extending": Text("prose", _HOUSE[1:] + _HOUSE[:1]),
+    "changes": Text("prose", _HOUSE[2:] + _HOUSE[:2]),
     "scenes": Text("code", ("lvlm_fastxai/tiny/scenes.py",)),
     "layouts": Text("code", ("lvlm_fastxai/families/_layouts.py",)),
+    "kernel": Text("code", _KERNEL),
+    "oracle": Text("code", _ORACLE),
 }
 CALIBRATION_QUESTIONS = {
-    "build": Question(
-        ("docs/architecture.md", "docs/extending.md", "CHANGELOG.md"),
-        "What is built here, and with what?",
-        "It is built with",
-    ),
+    "build": Question(_HOUSE, "What is built here, and with what?", "It is built with"),
     "drawing": Question(("lvlm_fastxai/tiny/scenes.py",), "What does this program draw?", "The program draws"),
+    "extension": Question(_HOUSE[1:] + _HOUSE[:1], "How is a method added?"),
+    "news": Question(_HOUSE[2:] + _HOUSE[:2], "What was added?", "The most important addition is"),
+    "processor": Question(_KERNEL, "What kind of processor is this code for?", "This code is for"),
+    "checking": Question(_ORACLE, "What do these tests check?", "These tests check that the"),
 }
 
 

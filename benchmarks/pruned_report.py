@@ -347,14 +347,13 @@ def target_tables(settings: Mapping[str, Any], results: Mapping[str, Any]) -> st
             target[0]["case"],
             *(
                 f"{point['ratio']:.3f}, {percent(point['kept'])}, {point['error']:.1e}"
-                for point in target
-                if point["tolerance"] in (0.1, 0.2, 0.3)
+                for point in sorted(target, key=lambda point: -point["tolerance"])
             ),
             f"{target[0]['bf16_error']:.1e}",
         ]
         for target in answers
     ]
-    shown = [t for t in (0.3, 0.2, 0.1) if t in {point["tolerance"] for point in targets[0]}]
+    shown = sorted({point["tolerance"] for point in targets[0]}, reverse=True)
     return "\n\n".join(
         [
             markdown(header, rows),
@@ -501,7 +500,7 @@ def plot_tradeoff(entries: Mapping[str, Any], path: Path) -> None:
         axis.set_xscale("log")
         axis.set_yscale("log")
     kept.set_xlabel("rows kept, % of those up to the target")
-    over.set_xlabel("ε, share of the gradient norm left out at each layer")
+    over.set_xlabel("ε, share of gradient and relevancy left out at each layer")
     over.set_xticks(tolerances, [f"{t:g}" for t in tolerances])
     over.minorticks_off()
     kept.set_ylabel("relative L1 error of the row")

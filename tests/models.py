@@ -179,6 +179,14 @@ RECIPES = {
         {"size": {"height": 32, "width": 32}},
         (30, 50),
     ),
+    "llava_dinov2": Recipe(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        _llava("dinov2", "default"),
+        "CLIPImageProcessor",
+        CLIP,
+        (40, 40),
+    ),
     "llava_next": Recipe(
         "LlavaNextForConditionalGeneration",
         "LlavaNextConfig",
@@ -301,7 +309,8 @@ RECIPES = {
     ),
 }
 
-NAMES = tuple(RECIPES)
+# The tower is all that tells LLaVA with DINOv2 from LLaVA, and only layouts look at it.
+NAMES = tuple(name for name in RECIPES if name != "llava_dinov2")
 VISION_NAMES = tuple(name for name in NAMES if name != "llama")
 
 

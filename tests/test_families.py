@@ -46,6 +46,7 @@ CASES = [
     Case("llava", (500, 240), (4, 4)),
     Case("llava_siglip", (240, 400), (4, 4)),
     Case("llava_siglip", (240, 400), (4, 4), config={"vision_feature_select_strategy": "default"}),
+    Case("llava_dinov2", (240, 400), (4, 4)),
     Case("llava_next", (160, 400), (4, 10), 2),
     Case("llava_next", (300, 300), (8, 8), 2),
     Case("llava_next", (600, 220), (10, 4), 2),
@@ -80,7 +81,7 @@ def local_model(name: str, **config: Any) -> torch.nn.Module:
     model = models.make_model(name, layers=1)
     for key, value in config.items():
         setattr(model.config, key, value)
-    mixing = ("out_proj", "attn.proj", "projection_layer")
+    mixing = ("out_proj", "attn.proj", "projection_layer", "attention.output.dense")
     mixed = 0
     for path, module in model.named_modules():
         if ("vision" in path or "visual" in path) and ("att" in path) and path.endswith(mixing):
