@@ -81,7 +81,7 @@ def local_model(name: str, **config: Any) -> torch.nn.Module:
     model = models.make_model(name, layers=1)
     for key, value in config.items():
         setattr(model.config, key, value)
-    mixing = ("out_proj", "attn.proj", "projection_layer", "attention.output.dense")
+    mixing = ("out_proj", "attn.proj", "projection_layer", "attention.o_proj", "attention.output.dense")
     mixed = 0
     for path, module in model.named_modules():
         if ("vision" in path or "visual" in path) and ("att" in path) and path.endswith(mixing):
