@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 # A stamp's name holds a checksum of what it was made from: switching branches and touching files rebuilds nothing,
 # a changed byte does.
 checksum = $(shell cat $(1) | cksum | tr ' ' '-')
-NATIVE_SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc triton_kernels -type f 2>/dev/null | LC_ALL=C sort)
+# Kernels in Triton are used where they lie, but that there is such a package is part of what is installed.
+NATIVE_SOURCES := pyproject.toml setup.py CMakeLists.txt triton_kernels/__init__.py $(shell find csrc -type f | LC_ALL=C sort)
 RUNTIME := $(VENV)/.stamp-runtime-$(call checksum,requirements/runtime.lock requirements/build.lock)
 DEV := $(VENV)/.stamp-dev-$(call checksum,requirements/dev.lock)
 
@@ -28,7 +29,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 .DEFAULT_GOAL := help
 # Two pips in one environment get in each other's way.
 .NOTPARALLEL:
-.PHONY: help demo test test-floor lint cuda wheel evaluate benchmark train-tiny clean
+.PHONY: help demo test test-floor lint cuda triton wheel evaluate benchmark train-tiny clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -77,7 +78,7 @@ lint: | $(DEV)  ## style, types, C++ layout
 	$(BIN)/mypy
 
 # setup.py's own build folder is used, so nothing that `make test` has compiled is compiled again.
-cuda: | $(DEV) $(PACKAGE)  ## compile the CUDA kernels for every supported architecture (skipped without nvcc, but not in CI)
+cuda: | $(DEV) $(PACKAGE)  ## compile the CUDA kernels for every supported architecture and look at the machine code (skipped without nvcc, but not in CI)
 	@if ! command -v nvcc >/dev/null; then \
 	  echo 'cuda: no nvcc on PATH, the CUDA kernels were NOT compiled'; test "$$CI" != true; exit; fi; \
 	set -e; LVLM_FASTXAI_CUDA=ON LVLM_FASTXAI_CUDA_ARCHS= $(BIN)/python setup.py --quiet build_ext --inplace >build/cuda.log 2>&1 \
@@ -85,8 +86,14 @@ cuda: | $(DEV) $(PACKAGE)  ## compile the CUDA kernels for every supported archi
 	for source in csrc/cuda/*.cu; do \
 	  ninja -C build/cmake-* -t compdb | grep -q "$$source" || { echo "cuda: CMakeLists.txt does not build $$source"; exit 1; }; \
 	done; \
+	$(BIN)/python .ci/cuda_kernels.py build/cmake-*/_C.so; \
 	echo csrc/cuda/*.cu compiled for $$($(BIN)/python -c \
 	  'from lvlm_fastxai import _native; print(*_native.build_info()["cuda_architectures"])')
+
+triton: | $(DEV) $(PACKAGE)  ## compile the Triton kernels for every supported architecture (skipped without triton, but not in CI)
+	@if ! $(BIN)/python -c 'import triton' 2>/dev/null; then \
+	  echo 'triton: not installed, the Triton kernels were NOT compiled'; test "$$CI" != true; exit; fi; \
+	TRITON_CACHE_DIR=.cache/triton $(BIN)/python .ci/cubins.py --document docs/triton.md
 
 wheel: | $(DEV)  ## build a wheel, install it in clean environments elsewhere and try it there
 	PYTHON=$(PYTHON) .ci/wheel $(abspath $(BIN)/python)

@@ -10,6 +10,8 @@ home = Path(fx.__file__).resolve().parent
 assert home.parent.name == "site-packages" and tree not in home.parents, f"imported from {home}"
 assert "torch" not in sys.modules, "importing the package loads torch"
 
+import importlib.util  # noqa: E402
+
 import torch  # noqa: E402
 
 from lvlm_fastxai.tiny import SAMPLE_IMAGE, SAMPLE_QUESTION  # noqa: E402
@@ -17,6 +19,9 @@ from lvlm_fastxai.tiny import SAMPLE_IMAGE, SAMPLE_QUESTION  # noqa: E402
 available = fx.ops.backends("relevancy_product")
 assert available[expected] is None, available
 assert expected == "cpu" or available["cpu"] is not None, available
+
+assert importlib.util.find_spec("lvlm_fastxai.triton_kernels.relevancy_product"), "the Triton kernels are not installed"
+assert importlib.util.find_spec("triton_kernels") is None, "a name of another package is taken"
 
 torch.manual_seed(0)
 query, grad_output = torch.randn(1, 4, 65, 32), torch.randn(1, 2, 4, 65, 32)

@@ -116,13 +116,16 @@ def imports(path: Path) -> Iterator[str]:
 def room_of(module: str) -> str | None:
     """The room of a dotted name inside the package; None for the package itself and for everything outside."""
     parts = module.split(".")
+    if parts[0] == "triton_kernels":  # where its sources lie; installed, it is a room like the others
+        return "triton_kernels"
     if parts[0] != "lvlm_fastxai" or len(parts) < 2 or parts[1].startswith("__"):
         return None
     return SAME_ROOM.get(parts[1], parts[1])
 
 
 def sources() -> list[Path]:
-    return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+    inside = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+    return [*inside, *sorted((ROOT / "triton_kernels").rglob("*.py"))]
 
 
 def test_imports_point_downwards() -> None:

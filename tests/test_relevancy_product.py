@@ -19,9 +19,31 @@ from lvlm_fastxai.errors import ArgumentError, BackendUnavailableError, NotDiffe
 from lvlm_fastxai.ops import key_ranges
 from lvlm_fastxai.reference import relevancy_product as dense
 
+GPU_BACKENDS = ("cuda", "triton")
 native = pytest.mark.skipif(_native.load() is not None, reason=f"native library: {_native.load()}")
-operator = torch.ops.lvlm_fastxai.relevancy_product.default
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Triton decides when it is imported whether kernels run in its interpreter, so that they have a session of their own,
+# on the CPU; test_triton.py starts it. The interpreter computes bfloat16 wrongly, and a tile costs it milliseconds.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+if INTERPRETED:
+    BACKENDS: list[Any] = ["triton"]
+else:
+    BACKENDS = [
+        pytest.param("cpu", marks=native),
+        *(pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS),
+    ]
+DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16]
+LENGTHS = [1, 63, 257] if INTERPRETED else [1, 63, 257, 1000]
+OPERATORS = {
+    "cpu": torch.ops.lvlm_fastxai.relevancy_product.default,
+    "triton": torch.ops.lvlm_fastxai.relevancy_product_triton.default,
+}
+operator = OPERATORS["triton" if INTERPRETED else "cpu"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend with kernels that can be tested in this session."""
+    return str(request.param)
 
 
 @dataclass
@@ -45,13 +67,17 @@ class Case:
         return dense(*moved, *self.ranges.unbind(-1), self.query.shape[-1] ** -0.5, **options)
 
     def run(self, backend: str = "cpu", **options: Any) -> Tensor:
-        return fx.ops.relevancy_product(*self.tensors, key_ranges=self.ranges, backend=backend, **options)
+        """The operator on these inputs, on the backend's device; the result is on the CPU."""
+        on_gpu = backend in GPU_BACKENDS and not INTERPRETED and torch.cuda.is_available()
+        device = "cuda" if on_gpu else "cpu"
+        moved = [t.to(device) for t in self.tensors]
+        return fx.ops.relevancy_product(*moved, key_ranges=self.ranges.to(device), backend=backend, **options).cpu()
 
 
 def make_case(
     batch: int = 1,
-    heads: int = 4,
-    key_heads: int = 2,
+    heads: int = 2 if INTERPRETED else 4,
+    key_heads: int = 1 if INTERPRETED else 2,
     targets: int = 1,
     queries: int = 63,
     keys: int | None = None,
@@ -98,6 +124,14 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
     return ((result.double() - truth).abs().sum() / truth.abs().sum()).item()
 
 
+def assert_same(result: Tensor, expected: Tensor, backend: str) -> None:
+    """The same numbers summed in the same order; a GPU's tiles differ with the number of targets and with the rows."""
+    if backend == "cpu":
+        assert torch.equal(result, expected)
+    else:
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+
+
 def assert_accurate(case: Case, backend: str = "cpu") -> None:
     """float32 within 1e-6 in relative L1; 16-bit within twice the error of eager PyTorch in that dtype."""
     result, truth = case.run(backend), case.dense()
@@ -122,99 +156,103 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@native
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layouts(layout: dict[str, Any], dtype: torch.dtype, poisoned_empty: None) -> None:
-    assert_accurate(make_case(batch=2, targets=2, queries=130, dtype=dtype, **layout))
+def test_layouts(layout: dict[str, Any], dtype: torch.dtype, backend: str, poisoned_empty: None) -> None:
+    assert_accurate(make_case(batch=2, targets=2, queries=130, dtype=dtype, **layout), backend)
 
 
-@native
-@pytest.mark.parametrize("length", [1, 63, 257, 1000])
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_odd_lengths(length: int, dtype: torch.dtype, poisoned_empty: None) -> None:
-    assert_accurate(make_case(heads=2, key_heads=1, queries=length, dtype=dtype))
+def test_odd_lengths(length: int, dtype: torch.dtype, backend: str, poisoned_empty: None) -> None:
+    assert_accurate(make_case(heads=2, key_heads=1, queries=length, dtype=dtype), backend)
 
 
-@native
-@pytest.mark.parametrize("width", [1, 17, 64, 72, 80, 96, 128, 256])
+@pytest.mark.parametrize("width", [1, 17, 64, 72, 80, 96, 128, 256, 300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_head_widths(width: int, dtype: torch.dtype, poisoned_empty: None) -> None:
-    assert_accurate(make_case(queries=100, width=width, dtype=dtype))
+def test_head_widths(width: int, dtype: torch.dtype, backend: str, poisoned_empty: None) -> None:
+    assert_accurate(make_case(queries=100, width=width, dtype=dtype), backend)
 
 
-@native
 @pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (8, 8), (8, 2), (9, 3), (6, 1)])
-def test_grouped_heads(heads: int, key_heads: int, poisoned_empty: None) -> None:
-    assert_accurate(make_case(batch=2, heads=heads, key_heads=key_heads, queries=70))
+def test_grouped_heads(heads: int, key_heads: int, backend: str, poisoned_empty: None) -> None:
+    assert_accurate(make_case(batch=2, heads=heads, key_heads=key_heads, queries=70), backend)
 
 
-@native
 @pytest.mark.parametrize("targets", [1, 2, 7])
 @pytest.mark.parametrize("shared_gradient", [False, True])
-def test_targets(targets: int, shared_gradient: bool, poisoned_empty: None) -> None:
+def test_targets(targets: int, shared_gradient: bool, backend: str, poisoned_empty: None) -> None:
     case = make_case(batch=2, targets=targets, gradients=1 if shared_gradient else None, queries=90)
-    assert_accurate(case)
+    assert_accurate(case, backend)
     alone = torch.cat(
         [
             replace(
                 case,
                 row=case.row[:, n : n + 1],
                 grad_output=case.grad_output if shared_gradient else case.grad_output[:, n : n + 1],
-            ).run()
+            ).run(backend)
             for n in range(targets)
         ],
         dim=1,
     )
-    assert torch.equal(case.run(), alone)
+    assert_same(case.run(backend), alone, backend)
 
 
-@native
 @pytest.mark.parametrize(("queries", "keys"), [(1, 300), (40, 300), (300, 300), (300, 40)])
-def test_queries_and_keys_of_different_length(queries: int, keys: int, poisoned_empty: None) -> None:
-    assert_accurate(make_case(queries=queries, keys=keys))
-    assert_accurate(make_case(queries=queries, keys=keys, causal=False))
+def test_queries_and_keys_of_different_length(queries: int, keys: int, backend: str, poisoned_empty: None) -> None:
+    assert_accurate(make_case(queries=queries, keys=keys), backend)
+    assert_accurate(make_case(queries=queries, keys=keys, causal=False), backend)
 
 
-@native
-def test_bidirectional_prefix_and_image_blocks(poisoned_empty: None) -> None:
+def test_bidirectional_prefix_and_image_blocks(backend: str, poisoned_empty: None) -> None:
     """PaliGemma's prefix of 50 and Gemma 3's image block 60 … 90 are ranges like any other."""
     position = torch.arange(120)
     end = torch.where(position < 50, 50, position + 1)
     end = torch.where((position >= 60) & (position < 90), 90, end)
     ranges = torch.stack((torch.zeros_like(end), end), -1)[None].to(torch.int32)
-    assert_accurate(make_case(queries=120, ranges=ranges))
+    assert_accurate(make_case(queries=120, ranges=ranges), backend)
 
 
-@native
-def test_subset_of_rows_equals_the_full_set_with_the_others_at_zero() -> None:
+def test_ranges_in_any_order(backend: str, poisoned_empty: None) -> None:
+    """Neighbouring rows that see nothing in common, rows that see nothing, and weights with zeros in between."""
+    generator = torch.Generator().manual_seed(1)
+    bounds = torch.randint(0, 301, (2, 200, 2), generator=generator, dtype=torch.int32)
+    bounds[0, :100] = bounds[0, :100].sort(-1).values
+    case = make_case(batch=2, targets=2, queries=200, keys=300, ranges=bounds)
+    case.row[torch.rand(case.row.shape, generator=generator) < 0.4] = 0
+    case.row[0, :, 64:128] = 0
+    assert_accurate(case, backend)
+
+
+def test_two_runs_are_equal_bit_by_bit(backend: str) -> None:
+    case = make_case(batch=2, targets=3, queries=130)
+    assert torch.equal(case.run(backend), case.run(backend))
+
+
+def test_subset_of_rows_equals_the_full_set_with_the_others_at_zero(backend: str) -> None:
     case = make_case(batch=2, targets=2, queries=200, window=90)
     kept = torch.tensor([[3, 5, 77, 120, 199], [0, 1, 64, 65, 130]])
     weight = torch.zeros_like(case.row).scatter(
         2, kept[:, None].expand(-1, 2, -1), case.row.gather(2, kept[:, None].expand(-1, 2, -1))
     )
-    full = replace(case, row=weight).run()
+    full = replace(case, row=weight).run(backend)
     sample = torch.arange(2)[:, None]
-    subset = fx.ops.relevancy_product(
-        case.query[sample, :, kept].transpose(1, 2).contiguous(),
-        case.key,
-        case.value,
-        case.grad_output[sample, :, :, kept].permute(0, 2, 3, 1, 4).contiguous(),
-        case.logsumexp[sample, :, kept].transpose(1, 2).contiguous(),
-        case.row.gather(2, kept[:, None].expand(-1, 2, -1)),
-        window=90,
-        query_positions=kept,
-        backend="cpu",
+    subset = replace(
+        case,
+        query=case.query[sample, :, kept].transpose(1, 2).contiguous(),
+        grad_output=case.grad_output[sample, :, :, kept].permute(0, 2, 3, 1, 4).contiguous(),
+        logsumexp=case.logsumexp[sample, :, kept].transpose(1, 2).contiguous(),
+        row=case.row.gather(2, kept[:, None].expand(-1, 2, -1)),
+        ranges=key_ranges(2, 5, 200, window=90, query_positions=kept),
     )
-    assert torch.equal(subset, full)
+    assert_same(subset.run(backend), full, backend)
 
 
-@native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strided_inputs(dtype: torch.dtype) -> None:
+def test_strided_inputs(dtype: torch.dtype, backend: str) -> None:
     """Views as transformers passes them, (B, S, H, d) transposed, and a last axis that is not contiguous."""
     case = make_case(batch=2, targets=2, queries=75, width=40, dtype=dtype)
-    expected = case.run()
+    expected = case.run(backend)
 
     def as_view(tensor: Tensor) -> Tensor:
         return tensor.transpose(-3, -2).contiguous().transpose(-3, -2)
@@ -233,9 +271,9 @@ def test_strided_inputs(dtype: torch.dtype) -> None:
             row=with_gaps(case.row),
         )
         assert not changed.query.is_contiguous()
-        assert torch.equal(changed.run(), expected)
+        assert torch.equal(changed.run(backend), expected)
     expanded = replace(case, grad_output=case.grad_output[:, :1].expand(-1, 2, -1, -1, -1))
-    assert torch.equal(expanded.run(), replace(case, grad_output=case.grad_output[:, :1]).run())
+    assert torch.equal(expanded.run(backend), replace(case, grad_output=case.grad_output[:, :1]).run(backend))
 
 
 @native
@@ -260,12 +298,11 @@ def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
         make_case().run()
 
 
-@native
-def test_float16_subnormals_and_extremes() -> None:
+def test_float16_subnormals_and_extremes(backend: str) -> None:
     case = make_case(queries=32, dtype=torch.float16)
     case.grad_output.view(torch.int16)[..., ::2] &= 0x83FF  # subnormal
     case.value.view(torch.int16)[..., 1::2] &= -0x7C01  # subnormal, other columns
-    assert_accurate(case)
+    assert_accurate(case, backend)
 
 
 @native
@@ -295,7 +332,7 @@ def test_concurrent_callers() -> None:
     assert len(results) == 4 and all(torch.equal(result, expected) for result in results)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=native)])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_rows_of_weight_zero_and_rows_that_see_nothing_are_ignored(backend: str, poisoned_empty: None) -> None:
     case = make_case(targets=2, queries=100, lengths=torch.tensor([80]))
     case.row[:, :, 20:40] = 0
@@ -312,7 +349,7 @@ def test_rows_of_weight_zero_and_rows_that_see_nothing_are_ignored(backend: str,
     assert torch.equal(spoiled.run(backend), expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=native)])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_a_row_counts_for_its_own_target_only(backend: str) -> None:
     """Weight zero for one target hides that row's NaN from it and not from the other."""
     case = make_case(targets=2, queries=60)
@@ -323,7 +360,7 @@ def test_a_row_counts_for_its_own_target_only(backend: str) -> None:
     assert result[0, 1, :31].isnan().all() and not result[0, 1, 31:].isnan().any()
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=native)])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("name", ["query", "key", "value", "grad_output", "logsumexp", "row"])
 def test_nan_propagates(backend: str, name: str) -> None:
     case = make_case(heads=2, key_heads=2, queries=50)
@@ -335,7 +372,7 @@ def test_nan_propagates(backend: str, name: str) -> None:
     assert torch.equal(result.isnan(), expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=native)])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_nothing_to_add(backend: str, poisoned_empty: None) -> None:
     case = make_case(batch=2, targets=2, queries=70)
     assert torch.equal(replace(case, row=torch.zeros_like(case.row)).run(backend), torch.zeros(2, 2, 70))
@@ -345,11 +382,10 @@ def test_nothing_to_add(backend: str, poisoned_empty: None) -> None:
     assert make_case(queries=9, keys=0).run(backend).shape == (1, 1, 0)
 
 
-@native
-def test_ranges_that_leave_the_keys_are_clamped() -> None:
+def test_ranges_that_leave_the_keys_are_clamped(backend: str) -> None:
     case = make_case(queries=40, causal=False)
     wild = torch.tensor([-5, 2**31 - 1], dtype=torch.int32).expand(1, 40, 2)
-    assert torch.equal(replace(case, ranges=wild).run(), case.run())
+    assert torch.equal(replace(case, ranges=wild).run(backend), case.run(backend))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -490,7 +526,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(operator, (*with_gradient, 0.125), test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("backend", [None, "reference", *(["triton"] if INTERPRETED else [])])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_to_one_graph(backend: str | None, dynamic: bool) -> None:
     torch._dynamo.reset()
@@ -502,7 +538,7 @@ def test_compiles_to_one_graph(backend: str | None, dynamic: bool) -> None:
         assert torch.allclose(compiled(*case.tensors, **options), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=native)])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_backward_is_refused(backend: str) -> None:
     case = make_case(queries=10)
     case.query.requires_grad_()

@@ -32,10 +32,12 @@ class Backend:
     """One implementation of an operator.
 
     `supports(problem)` returns None or the reason against it; `supports(None)` asks about this machine in general.
+    `volunteers(problem)` is False where it serves only who asks for it by name.
     """
 
     supports: Callable[[Problem | None], str | None]
     run: Callable[..., Tensor]
+    volunteers: Callable[[Problem], bool] = lambda problem: True
 
 
 _operators: dict[str, dict[str, Backend]] = {}
@@ -125,7 +127,7 @@ def chosen_backend(operator: str, device: torch.device, dtype: torch.dtype, back
     name = requested_backend() if backend is None else _check_name(backend, f"{operator}: `backend`")
     if name is None:
         for candidate, implementation in implementations.items():
-            if implementation.supports(problem) is None:
+            if implementation.volunteers(problem) and implementation.supports(problem) is None:
                 return candidate
         raise BackendUnavailableError(f"{operator}: no backend serves {problem}")
     if name not in implementations:

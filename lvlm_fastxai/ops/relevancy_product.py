@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +19,9 @@ from lvlm_fastxai.ops.key_ranges import key_ranges as make_key_ranges
 from lvlm_fastxai.reference.relevancy_product import relevancy_product as dense
 
 OPERATOR = "relevancy_product"
+# Beside the native one, since both may serve tensors of the same device.
+TRITON_OPERATOR = "relevancy_product_triton"
+TRITON_KERNELS = "lvlm_fastxai.triton_kernels"
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor grad_output, Tensor logsumexp, Tensor row, "
     "Tensor key_start, Tensor key_end, float scale) -> Tensor"
@@ -201,13 +209,20 @@ class _DenseWithoutGradient(torch.autograd.Function):
     backward = staticmethod(_raise_on_backward)
 
 
-def _register_torch_operator() -> None:
-    """Give torch the schema (when the library has not), shape inference and a backward that says no."""
+def _run_triton(*arguments: Any) -> Tensor:
+    return _triton_kernels().relevancy_product(*arguments)
+
+
+def _register_torch_operators() -> None:
+    """Give torch the schemas (the native one when the library has not), shape inference and a backward that says no."""
     if _native.load() is not None:
         torch.library.define(f"lvlm_fastxai::{OPERATOR}", SCHEMA)
         torch.library.impl(f"lvlm_fastxai::{OPERATOR}", "CompositeExplicitAutograd", dense)
-    torch.library.register_fake(f"lvlm_fastxai::{OPERATOR}", _fake)
-    torch.library.register_autograd(f"lvlm_fastxai::{OPERATOR}", _raise_on_backward)
+    torch.library.define(f"lvlm_fastxai::{TRITON_OPERATOR}", SCHEMA)
+    torch.library.impl(f"lvlm_fastxai::{TRITON_OPERATOR}", "CompositeExplicitAutograd", _run_triton)
+    for operator in (OPERATOR, TRITON_OPERATOR):
+        torch.library.register_fake(f"lvlm_fastxai::{operator}", _fake)
+        torch.library.register_autograd(f"lvlm_fastxai::{operator}", _raise_on_backward)
 
 
 def _cpu_supports(problem: _dispatch.Problem | None) -> str | None:
@@ -242,21 +257,75 @@ def _cuda_supports(problem: _dispatch.Problem | None) -> str | None:
     return None
 
 
+@functools.cache
+def _triton_kernels() -> ModuleType:
+    return importlib.import_module(f"{TRITON_KERNELS}.{OPERATOR}")
+
+
+@functools.cache
+def _triton_is_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec(TRITON_KERNELS) is None:
+        return "the Triton kernels are not installed"
+    return None
+
+
+@functools.cache
+def _triton_does_not_load() -> str | None:
+    try:
+        _triton_kernels()
+    except Exception as error:  # an import of triton runs its drivers' set-up, which raises what it likes
+        return f"triton does not load: {type(error).__name__}: {error}"
+    return None
+
+
 def _triton_supports(problem: _dispatch.Problem | None) -> str | None:
-    return "no Triton kernel of this operator is installed"
+    if _triton_is_missing() is not None:
+        return _triton_is_missing()
+    interpreting = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    if problem is not None and problem.device.type not in ("cuda", "cpu"):
+        return f"the tensors are on {problem.device}"
+    if problem is not None and problem.dtype not in SIXTEEN_AND_32_BIT:
+        return f"{problem.dtype} is served by the reference only"
+    if not interpreting:
+        hint = "; TRITON_INTERPRET=1, set before Python starts, runs the kernels in Triton's interpreter"
+        if problem is not None and problem.device.type == "cpu":
+            return f"the tensors are on cpu{hint}"
+        if not torch.cuda.is_available():
+            return f"no CUDA device{hint}"
+        if torch.version.hip is not None:
+            return "not tried on ROCm"
+        capability = torch.cuda.get_device_capability(None if problem is None else problem.device)
+        if capability < (8, 0):
+            return f"needs compute capability 8.0 or later, the device has {capability[0]}.{capability[1]}"
+    # Last, since importing triton takes a second.
+    if _triton_does_not_load() is not None:
+        return _triton_does_not_load()
+    if _triton_kernels().is_interpreted() != interpreting:
+        return "TRITON_INTERPRET was changed after triton was imported"
+    if interpreting and problem is not None and problem.dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrongly"
+    return None
+
+
+def _triton_volunteers(problem: _dispatch.Problem) -> bool:
+    # The interpreter is for tests: a thousand times slower than any other backend.
+    return problem.device.type == "cuda" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0")
 
 
 def _reference_supports(problem: _dispatch.Problem | None) -> str | None:
     return None
 
 
-_register_torch_operator()
+_register_torch_operators()
 _native_operator = torch.ops.lvlm_fastxai.relevancy_product.default
+_triton_operator = torch.ops.lvlm_fastxai.relevancy_product_triton.default
 _dispatch.register(
     OPERATOR,
     {
         "cuda": _dispatch.Backend(_cuda_supports, _native_operator),
-        "triton": _dispatch.Backend(_triton_supports, _native_operator),
+        "triton": _dispatch.Backend(_triton_supports, _triton_operator, _triton_volunteers),
         "cpu": _dispatch.Backend(_cpu_supports, _native_operator),
         "reference": _dispatch.Backend(_reference_supports, _DenseWithoutGradient.apply),
     },

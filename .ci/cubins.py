@@ -1,0 +1,157 @@
+"""Compiles every Triton kernel to machine code for every supported architecture, on a machine without a GPU.
+
+Prints registers and shared memory of each variant, and fails when one spills registers, does not fit its architecture's
+shared memory, or has no tensor-core instruction where it should. Run by `make triton`.
+
+    python .ci/cubins.py [--architectures 80 90 …] [--document docs/triton.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from lvlm_fastxai.triton_kernels import relevancy_product
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# Most shared memory that one block of threads can have, in KiB: CUDA C++ Programming Guide, "Compute Capabilities".
+SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+WIDTHS = (64, 72, 80, 96, 128, 256)
+TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+
+
+class Variant(NamedTuple):
+    dtype: torch.dtype
+    width: int
+    targets: int
+    shared_gradient: bool
+
+
+# The extremes of each choice that `configuration` makes; fp16 compiles to the same as bf16.
+VARIANTS = [
+    *(Variant(torch.bfloat16, width, 1, False) for width in WIDTHS),
+    *(Variant(torch.bfloat16, width, 4, False) for width in (64, 96, 128, 256)),
+    *(Variant(torch.bfloat16, width, 8, True) for width in (128, 256)),
+    Variant(torch.float16, 128, 4, False),
+    *(Variant(torch.float32, 128, targets, False) for targets in (1, 4)),
+    Variant(torch.bfloat16, 512, 4, False),
+]
+
+
+class Compiled(NamedTuple):
+    registers: int
+    stack: int
+    shared: int
+    tensor_cores: str
+
+
+def source(variant: Variant, chosen: relevancy_product.Configuration) -> ASTSource:
+    """The kernel with the argument types and alignments of tensors as torch allocates them."""
+    kernel = relevancy_product.column_sums
+    constants = relevancy_product.constants(chosen, variant.width, variant.shared_gradient)
+    element = f"*{TYPES[variant.dtype]}"
+    types = dict.fromkeys(("query", "key", "value", "grad_output"), element)
+    types |= dict.fromkeys(("logsumexp", "row", "partial"), "*fp32")
+    types |= dict.fromkeys(("key_start", "key_end", "tiles", "counts"), "*i32")
+    types |= dict.fromkeys(("score_scale", "head_share"), "fp32")
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    # key_end is a view that begins one element after key_start.
+    aligned = [name for name in types if types[name][0] == "*" and name != "key_end"]
+    if variant.width % 16 == 0:
+        aligned += [name for name in kernel.arg_names if re.match("(query|key|value|grad)_stride", name)]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread, and bytes of stack, which is where spilled registers go."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.check_output([program, "-res-usage", file.name], text=True, stderr=subprocess.STDOUT)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", printed)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed {printed!r}")
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def compile_for(architecture: int, variant: Variant) -> Compiled:
+    chosen = relevancy_product.configuration(
+        variant.dtype, variant.width, variant.targets, variant.shared_gradient, divmod(architecture, 10)
+    )
+    compiled = triton.compile(
+        source(variant, chosen),
+        target=GPUTarget("cuda", architecture, 32),
+        options=relevancy_product.launch_options(chosen),
+    )
+    registers, stack = resources(compiled.asm["cubin"])
+    used = [name for name in TENSOR_CORES if name in compiled.asm["ptx"]]
+    return Compiled(registers, stack, compiled.metadata.shared, " ".join(used))
+
+
+def complaints(architecture: int, variant: Variant, compiled: Compiled) -> list[str]:
+    found = []
+    if compiled.stack:
+        found.append(f"{compiled.stack} bytes of stack: registers are spilled")
+    if compiled.shared > SHARED_KIB[architecture] * 1024:
+        found.append(f"{compiled.shared} bytes of shared memory, the architecture has {SHARED_KIB[architecture]} KiB")
+    if variant.dtype != torch.float32 and not compiled.tensor_cores:
+        found.append("no tensor-core instruction")
+    return found
+
+
+def table(results: dict[Variant, dict[int, Compiled]]) -> str:
+    """Markdown: one row per variant, `registers / KiB of shared memory` per architecture."""
+    architectures = list(next(iter(results.values())))
+    lines = [
+        "| dtype | width | targets | " + " | ".join(f"sm_{a}" for a in architectures) + " |",
+        "|---|---:|---|" + "---:|" * len(architectures),
+    ]
+    for variant, by_architecture in results.items():
+        cells = [f"{c.registers} / {c.shared / 1024:.0f}" for c in by_architecture.values()]
+        targets = f"{variant.targets}, one gradient" if variant.shared_gradient else str(variant.targets)
+        lines.append(f"| {TYPES[variant.dtype]} | {variant.width} | {targets} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architectures", type=int, nargs="+", choices=SHARED_KIB, default=list(SHARED_KIB))
+    parser.add_argument("--document", type=Path, help="also write the table between the markers of this file")
+    options = parser.parse_args()
+
+    results: dict[Variant, dict[int, Compiled]] = {}
+    wrong = []
+    for variant in VARIANTS:
+        results[variant] = {}
+        for architecture in options.architectures:
+            compiled = compile_for(architecture, variant)
+            results[variant][architecture] = compiled
+            wrong += [f"sm_{architecture} {variant}: {what}" for what in complaints(architecture, variant, compiled)]
+    text = table(results)
+    print(text)
+    print(f"{len(VARIANTS)} variants × {len(options.architectures)} architectures, triton {triton.__version__}")
+    if options.document and not wrong:
+        document = options.document.read_text(encoding="utf-8")
+        begin, end = "<!-- cubins:begin -->\n", "\n<!-- cubins:end -->"
+        before, after = document.split(begin)[0], document.split(end)[1]
+        options.document.write_text(f"{before}{begin}{text}{end}{after}", encoding="utf-8")
+    print(*wrong, sep="\n", file=sys.stderr)
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The Triton kernels without a GPU: the operators' own tests in the interpreter, and when Triton is chosen."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lvlm_fastxai import ops
+from lvlm_fastxai.ops._dispatch import Problem, chosen_backend
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+# Where requirements/dev.in names it.
+EXPECTED = sys.platform == "linux" and platform.machine() == "x86_64" and sys.version_info >= (3, 11)
+with_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None and not (EXPECTED and os.environ.get("CI")),
+    reason="triton is not installed",
+)
+
+
+def in_the_interpreter(*command: str, timeout: int = 280) -> str:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    for name in ("LVLM_FASTXAI_BACKEND", "PYTEST_ADDOPTS"):
+        environment.pop(name, None)
+    # A worker's variables would make the tests inside believe that they are one.
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
+    finished = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
+    return finished.stdout
+
+
+@with_triton
+def test_the_operators_tests_pass_in_the_interpreter() -> None:
+    output = in_the_interpreter(
+        *("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-p", "no:benchmark"),
+        *("-k", "triton or opcheck or first_choice", "tests/test_relevancy_product.py"),
+    )
+    passed = re.search(r"(\d+) passed", output)
+    assert passed is not None and int(passed[1]) >= 80, output[-2000:]
+    assert "skipped" not in output, output[-2000:]
+
+
+@with_triton
+def test_the_interpreter_serves_the_cpu_when_it_is_asked_for() -> None:
+    program = (
+        "import torch\n"
+        "from lvlm_fastxai import ops\n"
+        "from lvlm_fastxai.ops._dispatch import Problem, chosen_backend, _operators\n"
+        "name, cpu = 'relevancy_product', torch.device('cpu')\n"
+        "assert ops.backends(name)['triton'] is None\n"
+        "assert chosen_backend(name, cpu, torch.float16) != 'triton'\n"
+        "assert chosen_backend(name, cpu, torch.float16, 'triton') == 'triton'\n"
+        "print(_operators[name]['triton'].supports(Problem(cpu, torch.bfloat16)))\n"
+    )
+    assert "bfloat16 wrongly" in in_the_interpreter("-c", program)
+
+
+@pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter is on")
+@with_triton
+def test_triton_says_why_not() -> None:
+    def reason(problem: Problem | None) -> str:
+        from lvlm_fastxai.ops import _dispatch
+
+        return _dispatch._operators["relevancy_product"]["triton"].supports(problem) or ""
+
+    assert "TRITON_INTERPRET=1" in reason(Problem(CPU, torch.float32))
+    assert "reference only" in reason(Problem(CPU, torch.float64))
+    assert "the tensors are on meta" in reason(Problem(torch.device("meta"), torch.float32))
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in reason(None)
+        assert "no CUDA device" in str(ops.backends("relevancy_product")["triton"])
+    assert chosen_backend("relevancy_product", CPU, torch.float32) != "triton"
+
+
+@with_triton
+def test_pieces_cover_a_width() -> None:
+    from lvlm_fastxai.triton_kernels.relevancy_product import pieces
+
+    for width in range(1, 257):
+        low, high = pieces(width)
+        assert width <= low + high <= max(16, width + 15 + width // 4)
+        assert all(piece == 0 or (piece >= 16 and piece & (piece - 1) == 0) for piece in (low, high))
+    assert [pieces(width) for width in (64, 72, 80, 96, 128, 256)] == [
+        *((64, 0), (64, 16), (64, 16), (64, 32), (128, 0), (256, 0)),
+    ]
+
+
+@with_triton
+def test_targets_share_score_tiles_where_that_is_less_work() -> None:
+    from lvlm_fastxai.triton_kernels.relevancy_product import targets_per_program
+
+    assert [targets_per_program(n, False) for n in (1, 2, 3, 4, 5, 6, 7, 16)] == [1, 2, 3, 4, 3, 3, 4, 4]
+    assert targets_per_program(5, True) == 5

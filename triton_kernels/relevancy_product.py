@@ -1,0 +1,510 @@
+"""relevancy_product in Triton: column sums of recomputed score tiles, without an S×S tensor and without atomics.
+
+Three launches. The first lists, for every block of keys, the tiles of query rows that see any of it; tiles that see
+all of it with every weight come first and need no mask. In the second each program owns one block of keys of one head:
+it walks its list, recomputes the scores of a tile once for all its targets, and keeps the column sums in registers. The
+third adds the heads up. Nothing depends on the order in which programs run: a result is the same bit by bit every time.
+
+Tiles are (keys, query rows): the columns of a matrix product's result lie inside a thread, so that the sum over query
+rows needs two shuffles at its end.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+# Tiles of query rows that one step of the first launch looks at.
+TILES_AT_ONCE = 16
+MOST_TARGETS = 4
+# Lengths differ from call to call, and a kernel compiled anew for one that is a multiple of 16 gains nothing from it.
+SIZES = ["heads", "group", "queries", "keys", "targets", "key_blocks", "chunks"]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def list_tiles(
+    key_start,  # (B, Sq)
+    key_end,  # (B, Sq)
+    row,  # (B, N, Sq) contiguous
+    tiles,  # (B, chunks of targets, key blocks, query tiles): unmasked ones from the front, masked ones from the back
+    counts,  # (B, chunks of targets, key blocks, 2): how many of each
+    start_stride_b,
+    start_stride_i,
+    end_stride_b,
+    end_stride_i,
+    queries,
+    keys,
+    targets,
+    key_blocks,
+    chunks,
+    TARGETS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    program = tl.program_id(0)
+    first_key = program % key_blocks * BLOCK_K
+    last_key = min(first_key + BLOCK_K, keys)
+    first_target = program // key_blocks % chunks * TARGETS
+    sample = (program // key_blocks // chunks).to(tl.int64)
+    target_count = targets - first_target
+    tile_count = tl.cdiv(queries, BLOCK_Q)
+    row += (sample * targets + first_target) * queries
+    key_start += sample * start_stride_b
+    key_end += sample * end_stride_b
+    tiles += program.to(tl.int64) * tile_count
+
+    whole_count = 0
+    part_count = 0
+    for first_tile in range(0, tile_count, TILES):
+        tile = first_tile + tl.arange(0, TILES)
+        i = tile[:, None] * BLOCK_Q + tl.arange(0, BLOCK_Q)[None, :]
+        inside = i < queries
+        start = tl.load(key_start + i * start_stride_i, mask=inside, other=0)
+        end = tl.load(key_end + i * end_stride_i, mask=inside, other=0)
+        weighted = i < 0
+        weighted_for_all = inside
+        for n in tl.static_range(TARGETS):
+            # A program's last targets may not exist; it then looks at the last one again.
+            weight = tl.load(row + min(n, target_count - 1) * queries + i, mask=inside, other=0.0)
+            weighted |= weight != 0
+            weighted_for_all &= weight != 0
+        sees_some = weighted & (tl.maximum(start, first_key) < tl.minimum(end, last_key))
+        sees_all = weighted_for_all & (start <= first_key) & (end >= last_key)
+        whole = tl.min(sees_all.to(tl.int32), axis=1)
+        part = tl.max(sees_some.to(tl.int32), axis=1) * (1 - whole)
+        tl.store(tiles + whole_count + tl.cumsum(whole, axis=0) - 1, tile, mask=whole == 1)
+        tl.store(tiles + tile_count - part_count - tl.cumsum(part, axis=0), tile, mask=part == 1)
+        whole_count += tl.sum(whole, axis=0)
+        part_count += tl.sum(part, axis=0)
+    tl.store(counts + program * 2, whole_count)
+    tl.store(counts + program * 2 + 1, part_count)
+
+
+@triton.jit
+def load_rows(base, stride, count, FIRST: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """(ROWS, PIECE) of a matrix (count, WIDTH) from column FIRST on; zeros outside."""
+    i = tl.arange(0, ROWS)[:, None]
+    k = FIRST + tl.arange(0, PIECE)[None, :]
+    return tl.load(base + i * stride + k, mask=(i < count) & (k < WIDTH), other=0.0)
+
+
+@triton.jit
+def load_columns(
+    base,
+    stride,
+    count,
+    FIRST: tl.constexpr,
+    PIECE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """(PIECE, ROWS): the transpose of `load_rows`, read in the same order."""
+    i = tl.arange(0, ROWS)[None, :]
+    k = FIRST + tl.arange(0, PIECE)[:, None]
+    address = base + i * stride + k
+    if MASKED:
+        return tl.load(address, mask=(i < count) & (k < WIDTH), other=0.0)
+    if FIRST + PIECE > WIDTH:
+        return tl.load(address, mask=k < WIDTH, other=0.0)
+    return tl.load(address)
+
+
+@triton.jit
+def streamed_product(
+    left,
+    left_stride,
+    left_count,
+    right,
+    right_stride,
+    right_count,
+    PIECE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """(BLOCK_K, BLOCK_Q): left @ right.T, both read piece by piece: for widths and dtypes whose tiles do not fit."""
+    j = tl.arange(0, BLOCK_K)[:, None]
+    i = tl.arange(0, BLOCK_Q)[None, :]
+    product = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
+    for first in range(0, WIDTH, PIECE):
+        k = first + tl.arange(0, PIECE)
+        a = tl.load(left + j * left_stride + k[None, :], mask=(j < left_count) & (k[None, :] < WIDTH), other=0.0)
+        b = tl.load(right + i * right_stride + k[:, None], mask=(i < right_count) & (k[:, None] < WIDTH), other=0.0)
+        product = tl.dot(a, b, product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def add_tile(
+    sums,  # one (BLOCK_K,) per target
+    tile,
+    first_key,
+    key,  # of this block: the address when streamed, else the two pieces
+    key_stride,
+    value,
+    value_stride,
+    query,  # of this head
+    query_stride,
+    grad_output,  # of this head and the first target
+    grad_stride_n,
+    grad_stride,
+    logsumexp,
+    row,
+    key_start,
+    key_end,
+    start_stride,
+    end_stride,
+    queries,
+    keys,
+    target_count,
+    score_scale,
+    WIDTH: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    SHARED_GRADIENT: tl.constexpr,
+    TARGETS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    first_query = tile.to(tl.int64) * BLOCK_Q
+    count = queries - tile * BLOCK_Q
+    i = tl.arange(0, BLOCK_Q)
+    inside = i < count
+    query += first_query * query_stride
+    grad_output += first_query * grad_stride
+    row += first_query
+
+    if RESIDENT:
+        score = tl.dot(key[0], load_columns(query, query_stride, count, 0, LOW, WIDTH, BLOCK_Q, MASKED))
+        if HIGH:
+            score = tl.dot(key[1], load_columns(query, query_stride, count, LOW, HIGH, WIDTH, BLOCK_Q, MASKED), score)
+    else:
+        score = streamed_product(
+            key, key_stride, keys - first_key, query, query_stride, count, LOW, WIDTH, BLOCK_K, BLOCK_Q
+        )
+    if MASKED:
+        total = tl.load(logsumexp + first_query + i, mask=inside, other=0.0)
+        start = tl.load(key_start + (first_query + i) * start_stride, mask=inside, other=0)
+        end = tl.load(key_end + (first_query + i) * end_stride, mask=inside, other=0)
+        start = tl.maximum(start, 0)
+        # A single comparison of unsigned numbers then says whether start <= j < end.
+        length = tl.maximum(tl.minimum(end, keys) - start, 0)
+        distance = (first_key + tl.arange(0, BLOCK_K)[:, None] - start[None, :]).to(tl.uint32)
+    else:
+        total = tl.load(logsumexp + first_query + i)
+    probability = tl.exp2(score * score_scale - (total * 1.4426950408889634)[None, :])
+
+    positive = probability
+    result = ()
+    for n in tl.static_range(TARGETS):
+        if n == 0 or not SHARED_GRADIENT:
+            # A program's last targets may not exist; their sums are not stored.
+            gradient = grad_output + min(n, target_count - 1) * grad_stride_n
+            if RESIDENT:
+                change = tl.dot(value[0], load_columns(gradient, grad_stride, count, 0, LOW, WIDTH, BLOCK_Q, MASKED))
+                if HIGH:
+                    change = tl.dot(
+                        value[1],
+                        load_columns(gradient, grad_stride, count, LOW, HIGH, WIDTH, BLOCK_Q, MASKED),
+                        change,
+                    )
+            else:
+                change = streamed_product(
+                    value, value_stride, keys - first_key, gradient, grad_stride, count, LOW, WIDTH, BLOCK_K, BLOCK_Q
+                )
+            # Keeps NaN, as torch.clamp does.
+            positive = tl.maximum(probability * change, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        weight_address = row + min(n, target_count - 1) * queries + i
+        if MASKED:
+            weight = tl.load(weight_address, mask=inside, other=0.0)
+            # What is hidden or weighs nothing counts for nothing, even where it is not finite.
+            visible = distance < tl.where(weight != 0, length, 0).to(tl.uint32)[None, :]
+            share = tl.where(visible, positive * weight[None, :], 0.0)
+        else:
+            share = positive * tl.load(weight_address)[None, :]
+        result = result + (sums[n] + tl.sum(share, axis=1),)  # type: ignore[assignment]
+    return result
+
+
+@triton.jit(do_not_specialize=SIZES)
+def column_sums(
+    query,  # (B, H, Sq, d)
+    key,  # (B, Hkv, Sk, d)
+    value,  # (B, Hkv, Sk, d)
+    grad_output,  # (B, N or 1, H, Sq, d)
+    logsumexp,  # (B, H, Sq) contiguous
+    row,  # (B, N, Sq) contiguous
+    key_start,  # (B, Sq)
+    key_end,  # (B, Sq)
+    tiles,
+    counts,
+    partial,  # (B, H, N, Sk)
+    query_stride_b,
+    query_stride_h,
+    query_stride_i,
+    key_stride_b,
+    key_stride_h,
+    key_stride_j,
+    value_stride_b,
+    value_stride_h,
+    value_stride_j,
+    grad_stride_b,
+    grad_stride_n,
+    grad_stride_h,
+    grad_stride_i,
+    start_stride_b,
+    start_stride_i,
+    end_stride_b,
+    end_stride_i,
+    heads,
+    group,
+    queries,
+    keys,
+    targets,
+    key_blocks,
+    chunks,
+    score_scale,
+    head_share,
+    WIDTH: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    SHARED_GRADIENT: tl.constexpr,
+    TARGETS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Blocks of keys run fastest: the programs alive at a time share the queries of a few heads in the cache, and under
+    # a causal mask a head's heavy blocks come first, so that only the last head's light ones trail.
+    program = tl.program_id(0)
+    block = program % key_blocks
+    head = program // key_blocks % heads
+    chunk = program // key_blocks // heads % chunks
+    sample = (program // key_blocks // heads // chunks).to(tl.int64)
+    key_head = head // group
+    first_key = block * BLOCK_K
+    first_target = chunk * TARGETS
+
+    query += sample * query_stride_b + head.to(tl.int64) * query_stride_h
+    key += sample * key_stride_b + key_head.to(tl.int64) * key_stride_h + first_key.to(tl.int64) * key_stride_j
+    value += sample * value_stride_b + key_head.to(tl.int64) * value_stride_h + first_key.to(tl.int64) * value_stride_j
+    grad_output += sample * grad_stride_b + head.to(tl.int64) * grad_stride_h
+    if not SHARED_GRADIENT:
+        grad_output += first_target.to(tl.int64) * grad_stride_n
+    logsumexp += (sample * heads + head) * queries
+    row += (sample * targets + first_target) * queries
+    key_start += sample * start_stride_b
+    key_end += sample * end_stride_b
+    tile_count = tl.cdiv(queries, BLOCK_Q)
+    listed = (sample * chunks + chunk) * key_blocks + block
+    tiles += listed * tile_count
+    whole_count = tl.load(counts + listed * 2)
+    part_count = tl.load(counts + listed * 2 + 1)
+
+    key_rows = key
+    value_rows = value
+    if RESIDENT:
+        left = keys - first_key
+        if HIGH:
+            key_rows = (
+                load_rows(key, key_stride_j, left, 0, LOW, WIDTH, BLOCK_K),
+                load_rows(key, key_stride_j, left, LOW, HIGH, WIDTH, BLOCK_K),
+            )
+            value_rows = (
+                load_rows(value, value_stride_j, left, 0, LOW, WIDTH, BLOCK_K),
+                load_rows(value, value_stride_j, left, LOW, HIGH, WIDTH, BLOCK_K),
+            )
+        else:
+            key_rows = (load_rows(key, key_stride_j, left, 0, LOW, WIDTH, BLOCK_K),)
+            value_rows = (load_rows(value, value_stride_j, left, 0, LOW, WIDTH, BLOCK_K),)
+
+    sums = ()
+    for _ in tl.static_range(TARGETS):
+        sums = sums + (tl.zeros((BLOCK_K,), tl.float32),)  # type: ignore[assignment]
+    for position in range(whole_count):
+        sums = add_tile(
+            sums, tl.load(tiles + position), first_key, key_rows, key_stride_j, value_rows, value_stride_j,
+            query, query_stride_i, grad_output, grad_stride_n, grad_stride_i, logsumexp, row, key_start, key_end,
+            start_stride_i, end_stride_i, queries, keys, targets - first_target, score_scale,
+            WIDTH, LOW, HIGH, RESIDENT, SHARED_GRADIENT, TARGETS, BLOCK_Q, BLOCK_K, False,
+        )  # fmt: skip
+    for position in range(tile_count - part_count, tile_count):
+        sums = add_tile(
+            sums, tl.load(tiles + position), first_key, key_rows, key_stride_j, value_rows, value_stride_j,
+            query, query_stride_i, grad_output, grad_stride_n, grad_stride_i, logsumexp, row, key_start, key_end,
+            start_stride_i, end_stride_i, queries, keys, targets - first_target, score_scale,
+            WIDTH, LOW, HIGH, RESIDENT, SHARED_GRADIENT, TARGETS, BLOCK_Q, BLOCK_K, True,
+        )  # fmt: skip
+
+    j = first_key + tl.arange(0, BLOCK_K)
+    partial += (sample * heads + head) * targets * keys
+    for n in tl.static_range(TARGETS):
+        if first_target + n < targets:
+            tl.store(partial + (first_target + n).to(tl.int64) * keys + j, sums[n] * head_share, mask=j < keys)
+
+
+class Configuration(NamedTuple):
+    """How `column_sums` is compiled for one problem."""
+
+    block_q: int
+    block_k: int
+    low: int  # a head width is the sum of two powers of two, rounded up: 72 and 80 are 64 + 16, 96 is 64 + 32
+    high: int
+    resident: bool  # keys and values stay on the chip while a program runs; else they are read piece by piece
+    targets: int  # that share a recomputed score tile
+    warps: int
+    stages: int
+    registers: int | None  # most per thread, so that two blocks of threads share a multiprocessor
+
+
+def pieces(width: int) -> tuple[int, int]:
+    """Two powers of two, none below the 16 that a matrix product needs, that cover a width; the second may be 0."""
+    low = max(16, 1 << (width.bit_length() - 1))
+    if low >= width:
+        return low, 0
+    high = max(16, 1 << (width - low - 1).bit_length())
+    return (2 * low, 0) if high >= low else (low, high)
+
+
+def targets_per_program(targets: int, shared_gradient: bool) -> int:
+    """How many targets share a score tile: the least work, a product for the scores and one for each gradient."""
+    if shared_gradient:
+        return min(targets, 2 * MOST_TARGETS)
+    return min(range(1, MOST_TARGETS + 1), key=lambda shared: (-(-targets // shared) * (1 + shared), shared))
+
+
+def configuration(
+    dtype: torch.dtype, width: int, targets: int, shared_gradient: bool, capability: tuple[int, int]
+) -> Configuration:
+    """Tiles that neither spill registers nor exceed shared memory; `make triton` checks that for every architecture."""
+    shared = targets_per_program(targets, shared_gradient)
+    if dtype == torch.float32 or width > 256:
+        return Configuration(64, 64, 32, 0, False, shared, 8, 2, None)
+    low, high = pieces(width)
+    if width > 128:
+        return Configuration(32, 64, low, high, True, shared, 8, 2 if shared == 1 else 1, None)
+    return Configuration(32, 128 if shared == 1 else 64, low, high, True, shared, 8, 2, None)
+
+
+def constants(configuration: Configuration, width: int, shared_gradient: bool) -> dict[str, Any]:
+    """The compile-time arguments of `column_sums`."""
+    return {
+        "WIDTH": width,
+        "LOW": configuration.low,
+        "HIGH": configuration.high,
+        "RESIDENT": configuration.resident,
+        "SHARED_GRADIENT": shared_gradient,
+        "TARGETS": configuration.targets,
+        "BLOCK_Q": configuration.block_q,
+        "BLOCK_K": configuration.block_k,
+    }
+
+
+def launch_options(configuration: Configuration) -> dict[str, Any]:
+    """What the compiler is told beside them. Multiplications and additions are fused whatever Triton's default is."""
+    return {
+        "num_warps": configuration.warps,
+        "num_stages": configuration.stages,
+        "maxnreg": configuration.registers,
+        "enable_fp_fusion": True,
+    }
+
+
+def is_interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 was set before triton was imported."""
+    return not isinstance(column_sums, triton.JITFunction)
+
+
+def with_contiguous_last_axis(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def relevancy_product(
+    query: Tensor,  # (B, H, Sq, d)
+    key: Tensor,  # (B, Hkv, Sk, d)
+    value: Tensor,  # (B, Hkv, Sk, d)
+    grad_output: Tensor,  # (B, N or 1, H, Sq, d)
+    logsumexp: Tensor,  # (B, H, Sq)
+    row: Tensor,  # (B, N, Sq)
+    key_start: Tensor,  # (B, Sq)
+    key_end: Tensor,  # (B, Sq)
+    scale: float,
+) -> Tensor:
+    """The operator on tensors that its checks have passed; see `lvlm_fastxai.ops.relevancy_product`."""
+    batch, heads, queries, width = query.shape
+    key_heads, keys = key.shape[1:3]
+    targets = row.shape[1]
+    if 0 in (batch, queries, keys):
+        return row.new_zeros((batch, targets, keys))
+    shared_gradient = grad_output.shape[1] == 1 and targets > 1
+    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (8, 0)
+    chosen = configuration(query.dtype, width, targets, shared_gradient, capability)
+    query, key, value, grad_output = map(with_contiguous_last_axis, (query, key, value, grad_output))
+    logsumexp, row = logsumexp.contiguous(), row.contiguous()
+
+    key_blocks = triton.cdiv(keys, chosen.block_k)
+    query_tiles = triton.cdiv(queries, chosen.block_q)
+    chunks = triton.cdiv(targets, chosen.targets)
+    tiles = key_start.new_empty((batch, chunks, key_blocks, query_tiles), dtype=torch.int32)
+    counts = key_start.new_empty((batch, chunks, key_blocks, 2), dtype=torch.int32)
+    partial = row.new_empty((batch, heads, targets, keys))
+    # Triton launches on the current device.
+    with torch.cuda.device_of(query):
+        list_tiles[(batch * chunks * key_blocks,)](
+            key_start,
+            key_end,
+            row,
+            tiles,
+            counts,
+            *key_start.stride(),
+            *key_end.stride(),
+            queries,
+            keys,
+            targets,
+            key_blocks,
+            chunks,
+            TARGETS=chosen.targets,
+            BLOCK_Q=chosen.block_q,
+            BLOCK_K=chosen.block_k,
+            TILES=TILES_AT_ONCE,
+        )
+        column_sums[(batch * chunks * heads * key_blocks,)](
+            query,
+            key,
+            value,
+            grad_output,
+            logsumexp,
+            row,
+            key_start,
+            key_end,
+            tiles,
+            counts,
+            partial,
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            *grad_output.stride()[:4],
+            *key_start.stride(),
+            *key_end.stride(),
+            heads,
+            heads // key_heads,
+            queries,
+            keys,
+            targets,
+            key_blocks,
+            chunks,
+            scale * LOG2_E,
+            1 / heads,
+            **constants(chosen, width, shared_gradient),
+            **launch_options(chosen),
+        )
+        return partial.sum(dim=1)
