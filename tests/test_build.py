@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import ctypes
 import os
 import re
 import shutil
@@ -14,11 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from lvlm_fastxai import _native, info
-from lvlm_fastxai.ops import key_ranges
-from lvlm_fastxai.reference import relevancy_product as dense
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE_SOURCES = Path(__file__).with_name("native")
@@ -163,58 +159,6 @@ def test_without_torch_the_build_warns_and_is_pure_python(tmp_path: Path) -> Non
     finished = run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=sources, env=environment)
     assert "WITHOUT its native kernels" in finished.stdout + finished.stderr
     assert not list((sources / "lvlm_fastxai").glob("*.so"))
-
-
-@pytest.fixture(scope="module")
-def cuda_on_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    library = tmp_path_factory.mktemp("cuda_on_host") / "cuda_on_host.so"
-    source = NATIVE_SOURCES / "cuda_on_host.cpp"
-    run([compiler("g++", "clang++"), "-std=c++17", "-O2", "-fPIC", "-shared", source, "-o", library])
-    return ctypes.CDLL(str(library))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shared_gradient", [False, True])
-def test_cuda_kernels_on_the_host(dtype: torch.dtype, shared_gradient: bool, cuda_on_host: ctypes.CDLL) -> None:
-    """The body of the CUDA kernels, thread by thread, against the twin: what can be proven without a GPU."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    batch, targets, heads, key_heads, queries, keys, width = 2, 3, 4, 2, 37, 150, 20
-    gradients = 1 if shared_gradient else targets
-    query, key, value = (
-        normal(batch, heads, queries, width),
-        normal(batch, key_heads, keys, width),
-        normal(batch, key_heads, keys, width),
-    )
-    grad_output = normal(batch, gradients, heads, queries, width)
-    grad_output[..., ::2] *= 2.0**-20  # subnormal in float16
-    row = torch.rand(batch, targets, queries, generator=generator)
-    row[:, 0, 5:9] = 0
-    row[:, :, 20] = 0
-    query[:, :, 20] = torch.nan
-    ranges = key_ranges(batch, queries, keys, window=100, lengths=torch.tensor([[3, 150], [0, 140]]))
-    start, end = (t.contiguous() for t in ranges.unbind(-1))
-    logsumexp = torch.randn(batch, heads, queries, generator=generator) + 4
-
-    partial = torch.zeros(batch, heads, targets, keys)
-    result = torch.full((batch, targets, keys), torch.nan)
-    elements = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-    sizes = (ctypes.c_int64 * 8)(batch, targets, gradients, heads, key_heads, queries, keys, width)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (query, key, value, grad_output, logsumexp, row, start, end)]
-    cuda_on_host.relevancy_product(
-        elements[dtype],
-        *pointers,
-        sizes,
-        ctypes.c_float(0.25),
-        ctypes.c_void_p(partial.data_ptr()),
-        ctypes.c_void_p(result.data_ptr()),
-    )
-    truth = dense(*(t.double() for t in (query, key, value, grad_output, logsumexp, row)), start, end, 0.25)
-    assert truth.abs().sum() > 0
-    assert ((result - truth).abs().sum() / truth.abs().sum()).item() <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -44,18 +44,26 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
-unsigned blocks(int64_t count) {
-  return static_cast<unsigned>((count + kThreads - 1) / kThreads);
+Device describe_device(int32_t index) {
+  int multiprocessors = 0, major = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+  return {multiprocessors, major >= 8};
 }
 
-template <typename T>
-void launch(const RelevancyProduct& problem, float* partial, cudaStream_t stream) {
-  const auto heads = static_cast<unsigned>(problem.heads), batch = static_cast<unsigned>(problem.batch);
-  relevancy_product_columns<T><<<dim3(blocks(problem.keys), heads, batch), kThreads, 0, stream>>>(problem, partial);
-  check(cudaGetLastError());
-  average_heads<<<dim3(blocks(problem.targets * problem.keys), batch), kThreads, 0, stream>>>(problem, partial);
-  check(cudaGetLastError());
-}
+struct LaunchOnStream {
+  cudaStream_t stream;
+
+  template <typename... Parameters, typename... Arguments>
+  void operator()(void (*kernel)(Parameters...), dim3 grid, int shared_bytes, const Arguments&... arguments) const {
+    // What a kernel may use without being asked; more than that differs between devices.
+    if (shared_bytes > 48 << 10) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    }
+    kernel<<<grid, kThreads, shared_bytes, stream>>>(arguments...);
+    check(cudaGetLastError());
+  }
+};
 
 Tensor relevancy_product(Tensor query, Tensor key, Tensor value, Tensor grad_output, Tensor logsumexp, Tensor row,
                          Tensor key_start, Tensor key_end, double scale) {
@@ -64,24 +72,17 @@ Tensor relevancy_product(Tensor query, Tensor key, Tensor value, Tensor grad_out
       describe(query, key, value, grad_output, logsumexp, row, key_start, key_end, scale);
   const RelevancyProduct& problem = arguments.problem;
   if (arguments.result.numel() == 0) return arguments.result;
-  STD_TORCH_CHECK(problem.heads <= 65535 && problem.batch <= 65535,
-                  "relevancy_product: the CUDA kernel takes at most 65535 heads and samples");
+  const int32_t index = query.get_device_index();
+  const Device device = describe_device(index);
+  const Plan plan = make_plan(problem, device);
+  STD_TORCH_CHECK(problem.heads * plan.splits <= 65535 && problem.batch * problem.targets <= 65535,
+                  "relevancy_product: the CUDA kernel takes at most 65535 heads, and as many targets of all samples");
   // Returned to torch's caching allocator on exit, which orders reuse behind this stream.
-  const Tensor partial =
-      torch::stable::new_zeros(row, {problem.batch * problem.heads * problem.targets * problem.keys});
-  const cudaStream_t stream = current_stream(query.get_device_index());
-  float* sums = partial.mutable_data_ptr<float>();
-  switch (problem.element) {
-    case Element::kFloat32:
-      launch<float>(problem, sums, stream);
-      break;
-    case Element::kBFloat16:
-      launch<BFloat16>(problem, sums, stream);
-      break;
-    case Element::kFloat16:
-      launch<Float16>(problem, sums, stream);
-      break;
-  }
+  const Tensor ranges = torch::stable::new_empty(key_start, {tile_range_count(problem, plan) * 4});
+  const Tensor partial = torch::stable::new_empty(row, {partial_count(problem, plan)});
+  static_assert(sizeof(TileRange) == 4 * sizeof(int32_t));
+  launch_kernels(problem, plan, device, reinterpret_cast<TileRange*>(ranges.mutable_data_ptr<int32_t>()),
+                 partial.mutable_data_ptr<float>(), LaunchOnStream{current_stream(index)});
   return arguments.result;
 }
 

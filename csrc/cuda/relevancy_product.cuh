@@ -1,101 +1,389 @@
-// Device code of relevancy_product. It uses nothing beyond the CUDA language, so that a test can compile it for the
-// host.
+// Device code of relevancy_product, and how it is launched. Beyond the CUDA language it uses only what ptx.cuh names,
+// so that a test can compile it for the host.
+//
+// Three kernels, and nothing between them but the stream's order:
+//   outline_tiles              what every tile of query rows sees, so that tiles that add nothing are passed over
+//   relevancy_product_columns  one block per (keys, head, share of the rows, sample): weighted column sums
+//   average_heads              adds the blocks' sums up, always in the same order: no atomics, the same bits every time
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "../common/relevancy_product.h"
+#include "tiles.cuh"
 
 namespace fastxai::cuda {
 
-constexpr int kThreads = 128;
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
+// What the rows of a tile see together. Rows that contribute nothing, to no target, do not count for the union; rows
+// that do not contribute to every target leave the intersection empty.
+struct TileRange {
+  int32_t first, last;                // union of the rows' key ranges
+  int32_t common_first, common_last;  // their intersection
 };
 
-__device__ inline float from_bits(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
+// How a problem is cut up.
+struct Plan {
+  int tiles;   // of kTileRows query rows, per sample
+  int splits;  // blocks that share the tiles of one head
+  RowShape shape;
+};
 
-__device__ inline float to_float(float value) {
-  return value;
-}
-__device__ inline float to_float(BFloat16 value) {
-  return from_bits(static_cast<uint32_t>(value.bits) << 16);
-}
-__device__ inline float to_float(Float16 value) {
-  const uint32_t sign = (value.bits & 0x8000u) << 16;
-  const uint32_t magnitude = value.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return from_bits(sign | 0x7f800000u | (magnitude << 13));
-  // The product restores the exponent's bias and normalises subnormals.
-  const float absolute = from_bits(magnitude << 13) * 0x1p112f;
-  return sign != 0 ? -absolute : absolute;
-}
+// A block lists the tiles it visits in shared memory, which bounds their number.
+constexpr int kMaxListed = 2048;
+constexpr float kLog2E = 1.44269504f;
 
-template <typename T>
-__device__ inline float dot(const T* a, const T* b, int64_t width) {
-  float sum = 0.0f;
-  for (int64_t k = 0; k < width; ++k) sum += to_float(a[k]) * to_float(b[k]);
-  return sum;
-}
-
-// Column sums of one head. Each thread owns one key and walks over the query rows that see it; the result needs neither
-// atomics nor a fixed order of blocks. Grid: (key blocks, H, B). partial: (B, H, N, Sk), zero on entry.
-// This is the plain version for every architecture; it uses no tensor cores.
-template <typename T>
-__global__ void relevancy_product_columns(RelevancyProduct problem, float* partial) {
-  const int64_t j = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t h = blockIdx.y, b = blockIdx.z;
-  if (j >= problem.keys) return;
-  const int64_t key_head = h / (problem.heads / problem.key_heads);
-  const T* key = static_cast<const T*>(problem.key) + b * problem.key_stride[0] + key_head * problem.key_stride[1] +
-                 j * problem.key_stride[2];
-  const T* value = static_cast<const T*>(problem.value) + b * problem.value_stride[0] +
-                   key_head * problem.value_stride[1] + j * problem.value_stride[2];
-  const T* query = static_cast<const T*>(problem.query) + b * problem.query_stride[0] + h * problem.query_stride[1];
-  const T* grad_output =
-      static_cast<const T*>(problem.grad_output) + b * problem.grad_stride[0] + h * problem.grad_stride[2];
-  const float* logsumexp = problem.logsumexp + (b * problem.heads + h) * problem.queries;
-  const float* row = problem.row + b * problem.targets * problem.queries;
-  float* sums = partial + (b * problem.heads + h) * problem.targets * problem.keys + j;
-
-  for (int64_t i = 0; i < problem.queries; ++i) {
-    if (j < problem.key_start[b * problem.queries + i] || j >= problem.key_end[b * problem.queries + i]) continue;
-    bool known = false;  // probability and product are computed for the first target of non-zero weight
-    float probability = 0.0f, product = 0.0f;
+// Grid: (groups of kWarps tiles, B). One warp per tile, one lane per row.
+__global__ void outline_tiles(const RelevancyProduct problem, const Plan plan, TileRange* ranges) {
+  const int tile = static_cast<int>(blockIdx.x) * kWarps + warp();
+  const int64_t b = blockIdx.y, i = static_cast<int64_t>(tile) * kTileRows + lane();
+  const int keys = static_cast<int>(problem.keys);
+  bool any = false, every = i < problem.queries;
+  int start = 0, end = 0;
+  if (i < problem.queries) {
+    start = larger(problem.key_start[b * problem.queries + i], 0);
+    end = smaller(problem.key_end[b * problem.queries + i], keys);
     for (int64_t n = 0; n < problem.targets; ++n) {
-      const float weight = row[n * problem.queries + i];
-      if (weight == 0.0f) continue;
-      if (!known)
-        probability = expf(problem.scale * dot(query + i * problem.query_stride[2], key, problem.width) - logsumexp[i]);
-      if (!known || problem.grad_targets > 1) {
-        const int64_t gradient = problem.grad_targets > 1 ? n : 0;
-        const T* grad_row = grad_output + gradient * problem.grad_stride[1] + i * problem.grad_stride[3];
-        product = probability * dot(grad_row, value, problem.width);
-        product = product < 0.0f ? 0.0f : product;  // keeps NaN, as torch.clamp does
+      const bool contributes = problem.row[(b * problem.targets + n) * problem.queries + i] != 0.0f;
+      any = any || contributes;
+      every = every && contributes;
+    }
+  }
+  any = any && start < end;
+  TileRange range{any ? start : keys, any ? end : 0, every ? start : keys, every ? end : 0};
+  for (int step = 16; step > 0; step /= 2) {
+    range.first = smaller(range.first, __shfl_xor_sync(~0u, range.first, step));
+    range.last = larger(range.last, __shfl_xor_sync(~0u, range.last, step));
+    range.common_first = larger(range.common_first, __shfl_xor_sync(~0u, range.common_first, step));
+    range.common_last = smaller(range.common_last, __shfl_xor_sync(~0u, range.common_last, step));
+  }
+  if (lane() == 0 && tile < plan.tiles) ranges[b * plan.tiles + tile] = range;
+}
+
+// Lists the tiles that some of the block's keys are seen from: 2·tile, + 1 when every row of the tile sees them all.
+// The first warp does it, 32 tiles at a time; the others wait at the barrier.
+__device__ inline int list_tiles(const Plan& plan, const TileRange* ranges, int split, int first_key, int last_key,
+                                 int* list, int* count) {
+  if (warp() == 0) {
+    int found = 0;
+    for (int before = split; before < plan.tiles; before += 32 * plan.splits) {
+      const int tile = before + lane() * plan.splits;
+      const TileRange range = tile < plan.tiles ? ranges[tile] : TileRange{};
+      const bool seen = range.first < last_key && range.last > first_key;
+      const unsigned votes = __ballot_sync(~0u, seen);
+      const bool all = range.common_first <= first_key && range.common_last >= last_key;
+      if (seen) list[found + __popc(votes & ((1u << lane()) - 1))] = 2 * tile + (all ? 1 : 0);
+      found += __popc(votes);
+    }
+    if (lane() == 0) *count = found;
+  }
+  __syncthreads();
+  return *count;
+}
+
+// The tiles of rows in the order in which they are multiplied: of every listed tile the queries, then each gradient.
+template <typename T>
+struct RowSource {
+  const T *query, *grad_output;  // of one sample and head; of the first target
+  int64_t query_stride, grad_stride, target_stride;
+  int queries, gradients;
+  const int* list;
+  int listed, tile = 0, step = 0;
+
+  __device__ bool next(Rows<T>& rows) {
+    if (tile == listed) return false;
+    const int first = list[tile] / 2 * kTileRows;
+    if (step == 0) {
+      rows = {query + first * query_stride, query_stride, queries - first};
+    } else {
+      rows = {grad_output + (step - 1) * target_stride + first * grad_stride, grad_stride, queries - first};
+    }
+    if (++step > gradients) {
+      step = 0;
+      ++tile;
+    }
+    return true;
+  }
+};
+
+// What one thread adds up for its keys.
+template <int kCount>
+struct alignas(kCount % 4 == 0 ? 16 : 8) Sums {
+  float key[kCount];
+};
+
+// Bit q + i·kThreadQueries: the thread's query q sees its key i.
+template <typename Tiles>
+__device__ inline uint32_t visible_entries(const int32_t* key_start, const int32_t* key_end, int first_row, int rows,
+                                           int first_key) {
+  static_assert(Tiles::kThreadKeys * Tiles::kThreadQueries <= 32);
+  uint32_t visible = 0;
+#pragma unroll
+  for (int q = 0; q < Tiles::kThreadQueries; ++q) {
+    const int i = first_row + Tiles::query(q);
+    const int start = i < rows ? key_start[i] : 0, end = i < rows ? key_end[i] : 0;
+#pragma unroll
+    for (int a = 0; a < Tiles::kThreadKeys; ++a) {
+      const int j = first_key + Tiles::key(a);
+      visible |= static_cast<uint32_t>(start <= j && j < end) << (q + a * Tiles::kThreadQueries);
+    }
+  }
+  return visible;
+}
+
+// Adds weighted products of the queries from `first` on. A hidden key gets nothing, not even from a weight that is not
+// finite; nor does any key from a weight of zero. all: every key is seen, and no weight is zero.
+template <typename Tiles, int kCount>
+__device__ inline void add_columns(const float (&product)[Tiles::kThreadKeys][kCount], int first, const float* row,
+                                   int first_row, int rows, bool all, uint32_t visible, Sums<Tiles::kThreadKeys>& sum) {
+  float weight[kCount];
+#pragma unroll
+  for (int q = 0; q < kCount; ++q) {
+    const int i = first_row + Tiles::query(first + q);
+    weight[q] = i < rows ? row[i] : 0.0f;
+  }
+  const auto add = [&](const auto& counts) {
+#pragma unroll
+    for (int a = 0; a < Tiles::kThreadKeys; ++a) {
+#pragma unroll
+      for (int q = 0; q < kCount; ++q) {
+        const float added = fmaf(weight[q], product[a][q], sum.key[a]);
+        sum.key[a] = counts(a, q) ? added : sum.key[a];
       }
-      known = true;
-      sums[n * problem.keys] += weight * product;
+    }
+  };
+  if (all) {
+    add([](int, int) { return true; });
+  } else {
+    add([&](int a, int q) {
+      return (visible >> (first + q + a * Tiles::kThreadQueries) & 1) != 0 && weight[q] != 0.0f;
+    });
+  }
+}
+
+// Grid: (blocks of keys, H·splits, B·chunks of targets). partial: (B, H·splits, N, Sk); every entry is written.
+template <typename Tiles>
+__global__ void __launch_bounds__(kThreads, 2)
+    relevancy_product_columns(const RelevancyProduct problem, const Plan plan, const TileRange* ranges,
+                              float* partial) {
+  using T = typename Tiles::Element;
+  constexpr int kKeys = Tiles::kThreadKeys, kQueries = Tiles::kThreadQueries, kPart = Tiles::kPart;
+  // Compiled for every architecture, launched only where there are tensor cores.
+  if constexpr (Tiles::kTensorCores && !ptx::kTensorCores) return;
+
+  const int chunks = static_cast<int>((problem.targets + Tiles::kMaxTargets - 1) / Tiles::kMaxTargets);
+  const int b = static_cast<int>(blockIdx.z) / chunks,
+            first_target = static_cast<int>(blockIdx.z) % chunks * Tiles::kMaxTargets;
+  const int h = static_cast<int>(blockIdx.y) / plan.splits;
+  const int key_head = h / static_cast<int>(problem.heads / problem.key_heads);
+  const int targets = smaller(Tiles::kMaxTargets, static_cast<int>(problem.targets - first_target));
+  const bool own_gradients = problem.grad_targets > 1;
+  const int rows = static_cast<int>(problem.queries);
+  const int first_key = static_cast<int>(blockIdx.x) * Tiles::kKeys;
+  const int last_key = smaller(first_key + Tiles::kKeys, static_cast<int>(problem.keys));
+
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  auto* const sums = reinterpret_cast<Sums<kKeys>*>(shared_memory + Tiles::kSharedBytes) + threadIdx.x;
+  int* const list = reinterpret_cast<int*>(shared_memory + Tiles::kSharedBytes + targets * kThreads * sizeof(*sums));
+  for (int n = 0; n < targets; ++n) sums[n * kThreads] = {};
+  const int listed = list_tiles(plan, ranges + static_cast<int64_t>(b) * plan.tiles,
+                                static_cast<int>(blockIdx.y) % plan.splits, first_key, last_key, list + 1, list);
+
+  if (listed > 0) {
+    const auto keys_of = [&](const void* tensor, const int64_t (&stride)[3]) {
+      return Rows<T>{static_cast<const T*>(tensor) + b * stride[0] + key_head * stride[1] + first_key * stride[2],
+                     stride[2], static_cast<int>(problem.keys) - first_key};
+    };
+    RowSource<T> source{
+        static_cast<const T*>(problem.query) + b * problem.query_stride[0] + h * problem.query_stride[1],
+        static_cast<const T*>(problem.grad_output) + b * problem.grad_stride[0] + h * problem.grad_stride[2] +
+            (own_gradients ? first_target * problem.grad_stride[1] : 0),
+        problem.query_stride[2],
+        problem.grad_stride[3],
+        problem.grad_stride[1],
+        rows,
+        own_gradients ? targets : 1,
+        list + 1,
+        listed};
+    Tiles tiles(shared_memory, keys_of(problem.key, problem.key_stride), keys_of(problem.value, problem.value_stride),
+                plan.shape, source);
+    const float* logsumexp = problem.logsumexp + (b * problem.heads + h) * problem.queries;
+    const float* row = problem.row + (b * problem.targets + first_target) * problem.queries;
+    const float scale = problem.scale * kLog2E;
+
+    for (int t = 0; t < listed; ++t) {
+      const int first_row = list[1 + t] / 2 * kTileRows;
+      const bool all = list[1 + t] % 2 != 0;
+      float probability[kKeys][kQueries];
+      tiles.template multiply<false>(source, [&](int first, const float (&score)[kKeys][kPart]) {
+#pragma unroll
+        for (int q = 0; q < kPart; ++q) {
+          const int i = first_row + Tiles::query(first + q);
+          const float shift = i < rows ? logsumexp[i] * -kLog2E : 0.0f;
+#pragma unroll
+          for (int a = 0; a < kKeys; ++a) probability[a][first + q] = ptx::exp2(fmaf(score[a][q], scale, shift));
+        }
+      });
+      const uint32_t visible =
+          all ? ~0u
+              : visible_entries<Tiles>(problem.key_start + b * problem.queries, problem.key_end + b * problem.queries,
+                                       first_row, rows, first_key);
+
+      for (int n = 0; n < targets; ++n) {
+        const float* weight = row + n * problem.queries;
+        Sums<kKeys> sum = sums[n * kThreads];
+        if (own_gradients) {
+          tiles.template multiply<true>(source, [&](int first, float (&product)[kKeys][kPart]) {
+#pragma unroll
+            for (int a = 0; a < kKeys; ++a) {
+#pragma unroll
+              for (int q = 0; q < kPart; ++q) product[a][q] = ptx::rectified(probability[a][first + q] * product[a][q]);
+            }
+            add_columns<Tiles>(product, first, weight, first_row, rows, all, visible, sum);
+          });
+        } else {
+          // One gradient for all targets: its product replaces the probability and is weighted once per target.
+          if (n == 0) {
+            tiles.template multiply<true>(source, [&](int first, const float (&product)[kKeys][kPart]) {
+#pragma unroll
+              for (int a = 0; a < kKeys; ++a) {
+#pragma unroll
+                for (int q = 0; q < kPart; ++q) {
+                  probability[a][first + q] = ptx::rectified(probability[a][first + q] * product[a][q]);
+                }
+              }
+            });
+          }
+          add_columns<Tiles>(probability, 0, weight, first_row, rows, all, visible, sum);
+        }
+        sums[n * kThreads] = sum;
+      }
+    }
+  }
+
+  float* own =
+      partial + ((static_cast<int64_t>(b) * gridDim.y + blockIdx.y) * problem.targets + first_target) * problem.keys;
+  for (int n = 0; n < targets; ++n) {
+    Sums<kKeys> sum = sums[n * kThreads];
+#pragma unroll
+    for (int a = 0; a < kKeys; ++a) {
+      for (int step = 1; step < Tiles::kLanesPerKey; step *= 2) {
+        sum.key[a] += __shfl_xor_sync(~0u, sum.key[a], step);
+      }
+      const int j = first_key + Tiles::key(a);
+      if (lane() % Tiles::kLanesPerKey == 0 && j < last_key) own[n * problem.keys + j] = sum.key[a];
     }
   }
 }
 
-// result[b, n, j] = mean over heads of partial[b, h, n, j]. Grid: (blocks of N·Sk columns, B).
-__global__ void average_heads(RelevancyProduct problem, const float* partial) {
+// result[b, n, j] = mean over heads of partial[b, h, ·, n, j]. Grid: (blocks of N·Sk columns, B).
+__global__ void average_heads(const RelevancyProduct problem, const Plan plan, const float* partial) {
   const int64_t columns = problem.targets * problem.keys;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t b = blockIdx.y;
+  const int64_t b = blockIdx.y, parts = problem.heads * plan.splits;
   if (column >= columns) return;
   float sum = 0.0f;
-  for (int64_t h = 0; h < problem.heads; ++h) sum += partial[(b * problem.heads + h) * columns + column];
+  for (int64_t part = 0; part < parts; ++part) sum += partial[(b * parts + part) * columns + column];
   problem.result[b * columns + column] = sum / static_cast<float>(problem.heads);
+}
+
+// What of a device matters here.
+struct Device {
+  int multiprocessors;
+  bool tensor_cores;
+};
+
+inline int64_t blocks(int64_t count, int64_t size) {
+  return (count + size - 1) / size;
+}
+
+inline bool starts_aligned(const void* data, const int64_t* stride, int axes, int64_t element_bytes) {
+  bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  for (int axis = 0; axis < axes; ++axis) aligned = aligned && stride[axis] * element_bytes % 16 == 0;
+  return aligned;
+}
+
+inline Plan make_plan(const RelevancyProduct& problem, const Device& device) {
+  Plan plan;
+  plan.tiles = static_cast<int>(blocks(problem.queries, kTileRows));
+  // Small problems share a head's rows among blocks until every multiprocessor has about four, but no block has less
+  // than four tiles. The number of targets has no say, so that it changes no bit of the result.
+  const int64_t unsplit = blocks(problem.keys, 128) * problem.heads * problem.batch;
+  const int64_t wanted = blocks(4 * device.multiprocessors, unsplit), most = plan.tiles / 4;
+  const int64_t splits = wanted < most ? wanted : most, least = blocks(plan.tiles, kMaxListed);
+  plan.splits = static_cast<int>(splits > least ? splits : least);
+  if (plan.splits < 1) plan.splits = 1;
+
+  const int64_t bytes = problem.element == Element::kFloat32 ? 4 : 2;
+  plan.shape.width = static_cast<int>(problem.width);
+  plan.shape.aligned = starts_aligned(problem.query, problem.query_stride, 3, bytes) &&
+                       starts_aligned(problem.key, problem.key_stride, 3, bytes) &&
+                       starts_aligned(problem.value, problem.value_stride, 3, bytes) &&
+                       starts_aligned(problem.grad_output, problem.grad_stride, 4, bytes);
+  return plan;
+}
+
+inline int64_t tile_range_count(const RelevancyProduct& problem, const Plan& plan) {
+  return problem.batch * plan.tiles;
+}
+inline int64_t partial_count(const RelevancyProduct& problem, const Plan& plan) {
+  return problem.batch * problem.heads * plan.splits * problem.targets * problem.keys;
+}
+
+// Of one block: the tiles, a sum per thread and target, the list of tiles and its length.
+template <typename Tiles>
+int shared_bytes(int64_t targets, int64_t listed) {
+  const int64_t sums = targets * kThreads * static_cast<int64_t>(sizeof(Sums<Tiles::kThreadKeys>));
+  return static_cast<int>(Tiles::kSharedBytes + sums + (1 + listed) * static_cast<int64_t>(sizeof(int)));
+}
+
+template <typename Tiles, typename Launch>
+void launch_columns(const RelevancyProduct& problem, const Plan& plan, const TileRange* ranges, float* partial,
+                    const Launch& launch) {
+  const int64_t chunks = blocks(problem.targets, Tiles::kMaxTargets);
+  const int64_t targets = chunks > 1 ? Tiles::kMaxTargets : problem.targets;
+  const dim3 grid(static_cast<unsigned>(blocks(problem.keys, Tiles::kKeys)),
+                  static_cast<unsigned>(problem.heads * plan.splits), static_cast<unsigned>(problem.batch * chunks));
+  launch(relevancy_product_columns<Tiles>, grid, shared_bytes<Tiles>(targets, blocks(plan.tiles, plan.splits)), problem,
+         plan, ranges, partial);
+}
+
+template <typename T, typename Launch>
+void launch_columns_16_bit(const RelevancyProduct& problem, const Plan& plan, bool tensor_cores,
+                           const TileRange* ranges, float* partial, const Launch& launch) {
+  if (!tensor_cores || problem.width > 256) {
+    launch_columns<FmaTiles<T>>(problem, plan, ranges, partial, launch);
+  } else if (problem.width <= 64) {
+    launch_columns<TensorCoreTiles<T, 64>>(problem, plan, ranges, partial, launch);
+  } else if (problem.width <= 96) {
+    launch_columns<TensorCoreTiles<T, 96>>(problem, plan, ranges, partial, launch);
+  } else if (problem.width <= 128) {
+    launch_columns<TensorCoreTiles<T, 128>>(problem, plan, ranges, partial, launch);
+  } else {
+    launch_columns<TensorCoreTiles<T, 256>>(problem, plan, ranges, partial, launch);
+  }
+}
+
+// Calls launch(kernel, grid, bytes of shared memory, arguments…) for each of the three kernels.
+template <typename Launch>
+void launch_kernels(const RelevancyProduct& problem, const Plan& plan, const Device& device, TileRange* ranges,
+                    float* partial, const Launch& launch) {
+  const auto batch = static_cast<unsigned>(problem.batch);
+  if (plan.tiles > 0) {
+    launch(outline_tiles, dim3(static_cast<unsigned>(blocks(plan.tiles, kWarps)), batch, 1), 0, problem, plan, ranges);
+  }
+  switch (problem.element) {
+    case Element::kFloat32:
+      launch_columns<FmaTiles<float>>(problem, plan, ranges, partial, launch);
+      break;
+    case Element::kBFloat16:
+      launch_columns_16_bit<BFloat16>(problem, plan, device.tensor_cores, ranges, partial, launch);
+      break;
+    case Element::kFloat16:
+      launch_columns_16_bit<Float16>(problem, plan, device.tensor_cores, ranges, partial, launch);
+      break;
+  }
+  launch(average_heads, dim3(static_cast<unsigned>(blocks(problem.targets * problem.keys, kThreads)), batch, 1), 0,
+         problem, plan, partial);
 }
 
 }  // namespace fastxai::cuda

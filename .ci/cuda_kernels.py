@@ -1,0 +1,151 @@
+"""cuda_kernels.py LIBRARY: what the compiled CUDA kernels take and hold, per architecture; fails when they should not.
+
+Registers, stack and instructions are read out of the machine code in LIBRARY, shared memory is what the launcher asks
+for at most. A kernel fails that keeps anything on the stack (spilled registers, arrays that are not in registers), asks
+for more shared memory than its architectures have, was written for tensor cores and does not use them, or copies tiles
+in less than 16 bytes at a time. Needs cuobjdump and nvdisasm, on PATH or in Triton's wheel, and a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+# Most shared memory that one block can have, in KiB: CUDA C++ Programming Guide, "Compute Capabilities".
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+# Before the machine code of sm_80 there are no asynchronous copies and no tensor cores for bfloat16.
+FIRST_WITH_TENSOR_CORES = 80
+INSTRUCTIONS = {
+    "tensor core": re.compile(r"\bHMMA\.16816\."),
+    "16-byte copy": re.compile(r"\bLDGSTS\.E(\.\w+)*\.128\b"),
+    "16-byte load": re.compile(r"\bLDG\.E(\.\w+)*\.128\b"),
+    "matrix load": re.compile(r"\bLDSM\.16\.M88\.4\b|\bLDSM\.\w*\.?M88\.4\b"),
+    "local memory": re.compile(r"\b(LDL|STL)\b"),
+}
+
+
+class Kernel(NamedTuple):
+    architecture: int
+    name: str
+    registers: int
+    stack: int
+
+
+def find_tools() -> None:
+    """cuobjdump calls nvdisasm itself, so both have to be on PATH. Triton's wheel has them where nvcc comes without."""
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        tools = Path(triton.origin).parent / "backends" / "nvidia" / "bin"
+        os.environ["PATH"] = os.pathsep.join((os.environ["PATH"], str(tools)))
+    for name in ("cuobjdump", "nvdisasm"):
+        if shutil.which(name) is None:
+            # Looking is what CI is for; anyone else may have neither.
+            print(f"cuda_kernels: no {name}, the machine code was NOT looked at")
+            sys.exit(os.environ.get("CI") == "true")
+
+
+def output(*command: str | Path) -> str:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+
+
+def readable(listing: str) -> str:
+    """Names without mangling, namespaces and parameters."""
+    listing = subprocess.run(["c++filt"], input=listing, capture_output=True, text=True, check=True).stdout
+    return re.sub(r"\(fastxai::\w+.*\)", "", listing.replace("fastxai::cuda::", "").replace("void ", ""))
+
+
+def resources(library: str) -> list[Kernel]:
+    found, architecture, name = [], 0, ""
+    for line in readable(output("cuobjdump", "--dump-resource-usage", library)).splitlines():
+        if heading := re.match(r"arch = sm_(\d+)", line):
+            architecture = int(heading[1])
+        elif heading := re.match(r" Function (.+):$", line):
+            name = heading[1].strip()
+        elif usage := re.match(r"\s+REG:(\d+) STACK:(\d+)", line):
+            found.append(Kernel(architecture, name, int(usage[1]), int(usage[2])))
+    return found
+
+
+def instructions(library: str) -> dict[tuple[int, str], Counter[str]]:
+    """How often each kernel's machine code holds each of INSTRUCTIONS."""
+    found: dict[tuple[int, str], Counter[str]] = {}
+    architecture, counts = 0, Counter[str]()
+    for line in readable(output("cuobjdump", "-sass", library)).splitlines():
+        if heading := re.match(r"arch = sm_(\d+)", line):
+            architecture = int(heading[1])
+        elif heading := re.match(r"\s+Function : (.+)$", line):
+            counts = found.setdefault((architecture, heading[1].strip()), Counter())
+        else:
+            counts.update(name for name, pattern in INSTRUCTIONS.items() if pattern.search(line))
+    return found
+
+
+def shared_memory() -> dict[str, int]:
+    """What each kernel's launch asks for at most, in bytes, as the launcher's own code computes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "shared_memory"
+        source = ROOT / "tests" / "native" / "shared_memory.cpp"
+        output(os.environ.get("CXX", "c++"), "-std=c++17", "-w", source, "-o", program)
+        lines = readable(output(program)).splitlines()
+    return {name.strip(): int(size) for size, name in (line.split(maxsplit=1) for line in lines)}
+
+
+def complaints(kernel: Kernel, counts: Counter[str], shared: int) -> list[str]:
+    found = []
+    if kernel.stack or counts["local memory"]:
+        found.append(f"{kernel.stack} bytes of stack, {counts['local memory']} accesses to local memory")
+    columns = kernel.name.startswith("relevancy_product_columns<")
+    for_tensor_cores = "TensorCoreTiles" in kernel.name
+    if for_tensor_cores and kernel.architecture < FIRST_WITH_TENSOR_CORES:
+        return found  # empty there, and never launched
+    if shared > SHARED_KIB[kernel.architecture] << 10:
+        found.append(f"{shared} bytes of shared memory, there are {SHARED_KIB[kernel.architecture]} KiB")
+    if for_tensor_cores and not counts["tensor core"]:
+        found.append("no tensor-core instruction")
+    if for_tensor_cores and not counts["matrix load"]:
+        found.append("no matrix load")
+    wide = "16-byte copy" if kernel.architecture >= FIRST_WITH_TENSOR_CORES else "16-byte load"
+    if columns and not shared:
+        found.append("tests/native/shared_memory.cpp does not name it")
+    if columns and not counts[wide]:
+        found.append(f"no {wide}")
+    return found
+
+
+def main() -> None:
+    (library,) = sys.argv[1:]
+    find_tools()
+    shared, counted, kernels = shared_memory(), instructions(library), resources(library)
+    if not kernels:
+        sys.exit(f"cuda_kernels: {library} holds no machine code")
+    architectures = sorted({kernel.architecture for kernel in kernels})
+    print(f"{'registers on sm_':>44}  " + "".join(f"{architecture:>5}" for architecture in architectures))
+    failures = []
+    for name in sorted({kernel.name for kernel in kernels}):
+        of_name = {kernel.architecture: kernel for kernel in kernels if kernel.name == name}
+        short = name.replace("relevancy_product_columns", "columns")
+        cells = [f"{of_name[a].registers:>5}" if a in of_name else f"{'-':>5}" for a in architectures]
+        counts = counted.get((max(of_name), name), Counter())
+        print(
+            f"{short:>44}  {''.join(cells)}  shared ≤ {shared.get(name, 0) / 1024:5.1f} KiB  HMMA"
+            f" {counts['tensor core']:>3}  LDSM {counts['matrix load']:>3}  LDGSTS.128 {counts['16-byte copy']:>2}"
+        )
+        for architecture, kernel in of_name.items():
+            for complaint in complaints(kernel, counted.get((architecture, name), Counter()), shared.get(name, 0)):
+                failures.append(f"sm_{architecture} {short}: {complaint}")
+    print(f"{len(kernels)} kernels; instructions as on sm_{architectures[-1]}")
+    if failures:
+        sys.exit("\n".join(failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+// Products of a block of keys with a tile of query rows, on tensor cores or without. Each thread holds the part of the
+// product that key(i) and query(i) name, so a kernel reads the same for both.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "ptx.cuh"
+
+namespace fastxai::cuda {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / 32;
+constexpr int kTileRows = 32;
+
+__device__ inline int smaller(int a, int b) {
+  return a < b ? a : b;
+}
+__device__ inline int larger(int a, int b) {
+  return a > b ? a : b;
+}
+
+// Of this thread.
+__device__ inline int lane() {
+  return static_cast<int>(threadIdx.x) % 32;
+}
+__device__ inline int warp() {
+  return static_cast<int>(threadIdx.x) / 32;
+}
+
+__device__ inline float to_float(float value) {
+  return value;
+}
+__device__ inline float to_float(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float widened;
+  memcpy(&widened, &bits, sizeof(widened));
+  return widened;
+}
+__device__ inline float to_float(Float16 value) {
+  return ptx::widened(value.bits);
+}
+
+// The rows of a matrix from one row on; its columns are contiguous.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+  int count;  // rows from `data` to the matrix's last
+};
+
+// How wide rows are, and whether all of them start at a multiple of 16 bytes.
+struct RowShape {
+  int width;
+  bool aligned;
+};
+
+// Has the block copy kRows × kChunks·16 bytes to shared memory, from a column on. Rows past the last repeat it: what
+// they add is dropped later. Columns past the width are zero, so that they add nothing to a product.
+template <int kRows, int kChunks, typename T>
+__device__ inline void copy_rows(const Rows<T>& rows, int first_column, RowShape shape, unsigned char* shared,
+                                 int pitch) {
+  constexpr int kElements = 16 / sizeof(T);
+  const auto copy = [&](int chunk, const auto& copy_elements) {
+    const int row = chunk / kChunks, column = first_column + chunk % kChunks * kElements;
+    copy_elements(reinterpret_cast<T*>(shared + row * pitch + chunk % kChunks * 16),
+                  rows.data + (row < rows.count ? row : rows.count - 1) * rows.stride + column,
+                  smaller(larger(shape.width - column, 0), kElements));
+  };
+  static_assert(kRows * kChunks % kThreads == 0);
+  const int thread = ptx::thread();
+  if (shape.aligned) {
+#pragma unroll
+    for (int i = 0; i < kRows * kChunks; i += kThreads) {
+      copy(i + thread, [](T* target, const T* source, int present) {
+        ptx::copy16(target, source, present * static_cast<int>(sizeof(T)));
+      });
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kRows * kChunks; i += kThreads) {
+      copy(i + thread, [](T* target, const T* source, int present) {
+#pragma unroll 1
+        for (int e = 0; e < kElements; ++e) target[e] = e < present ? source[e] : T{};
+      });
+    }
+  }
+}
+
+// 16-bit elements on tensor cores, from sm_80. A warp keeps its keys and values in registers for good, as the left
+// operand; tiles of rows pass by in a ring of stages in shared memory, which copies fill ahead of time. Keys are the
+// product's rows, so that a sum over query rows stays within four lanes.
+template <typename T, int kWidth>
+class TensorCoreTiles {
+  // Keys and values of 16 keys take kWidth / 2 registers: 128 of a thread's 255 for widths of 128 and 256.
+  static constexpr int kSlabs = kWidth <= 128 ? 2 : 1;
+  static constexpr int kDepth = kWidth / 16;
+  static constexpr int kStages = 4;
+  // An odd multiple of 16 bytes: eight rows of a matrix then lie in different banks.
+  static constexpr int kPitch = kWidth * 2 + 16;
+  static constexpr int kStageBytes = kTileRows * kPitch;
+
+ public:
+  using Element = T;
+  static constexpr bool kTensorCores = true;
+  static constexpr int kKeys = kWarps * 16 * kSlabs;
+  static constexpr int kThreadKeys = 2 * kSlabs;
+  static constexpr int kThreadQueries = 8;
+  static constexpr int kPart = 4;  // queries that a thread finishes at a time
+  static constexpr int kLanesPerKey = 4;
+  static constexpr int kMaxTargets = 16;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static_assert(kKeys <= kStages * kTileRows, "keys and values pass through the stages");
+
+  __device__ static int key(int i) { return warp() * 16 * kSlabs + i * 8 + lane() / 4; }
+  __device__ static int query(int i) { return i / 2 * 8 + lane() % 4 * 2 + i % 2; }
+
+  template <typename Source>
+  __device__ TensorCoreTiles(unsigned char* shared, const Rows<T>& keys, const Rows<T>& values, RowShape shape,
+                             Source& source)
+      : shared_(shared), shape_(shape) {
+    load_slabs(keys, keys_);
+    load_slabs(values, values_);
+    for (int stage = 0; stage < kStages - 1; ++stage) fill(stage, source);
+  }
+
+  // Multiplies the block's keys (kValues: values) by the source's next rows. Each part of the product is handed to
+  // finish(first query, part) while it is in registers, before the next is begun: there is no room for all of them.
+  template <bool kValues, typename Source, typename Finish>
+  __device__ void multiply(Source& source, const Finish& finish) {
+    ptx::wait<kStages - 2>();
+    __syncthreads();
+    // Every thread is done with the stage before this one.
+    fill((stage_ + kStages - 1) % kStages, source);
+
+    const uint32_t (&left)[kSlabs][kDepth][4] = kValues ? values_ : keys_;
+    const unsigned char* tile =
+        shared_ + stage_ * kStageBytes + (lane() / 16 * 8 + lane() % 8) * kPitch + lane() / 8 % 2 * 16;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float product[kThreadKeys][kPart] = {};
+#pragma unroll
+      for (int k = 0; k < kDepth; ++k) {
+        uint32_t right[4];  // columns 0-7 and 8-15 of eight rows, then of the next eight
+        ptx::load_matrices(right, tile + half * 16 * kPitch + k * 32);
+#pragma unroll
+        for (int s = 0; s < kSlabs; ++s) {
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            ptx::multiply_add<T>(product[2 * s][2 * n], product[2 * s][2 * n + 1], product[2 * s + 1][2 * n],
+                                 product[2 * s + 1][2 * n + 1], left[s][k], right[2 * n], right[2 * n + 1]);
+          }
+        }
+      }
+      finish(half * kPart, product);
+    }
+    stage_ = (stage_ + 1) % kStages;
+  }
+
+ private:
+  __device__ void load_slabs(const Rows<T>& rows, uint32_t (&slabs)[kSlabs][kDepth][4]) {
+    copy_rows<kKeys, kWidth / 8>(rows, 0, shape_, shared_, kPitch);
+    ptx::commit();
+    ptx::wait<0>();
+    __syncthreads();
+    const unsigned char* from = shared_ + (warp() * 16 * kSlabs + lane() % 16) * kPitch + lane() / 16 * 16;
+#pragma unroll
+    for (int s = 0; s < kSlabs; ++s) {
+#pragma unroll
+      for (int k = 0; k < kDepth; ++k) ptx::load_matrices(slabs[s][k], from + s * 16 * kPitch + k * 32);
+    }
+    __syncthreads();
+  }
+
+  template <typename Source>
+  __device__ void fill(int stage, Source& source) {
+    Rows<T> rows;
+    if (source.next(rows)) copy_rows<kTileRows, kWidth / 8>(rows, 0, shape_, shared_ + stage * kStageBytes, kPitch);
+    ptx::commit();
+  }
+
+  unsigned char* shared_;
+  RowShape shape_;
+  int stage_ = 0;
+  uint32_t keys_[kSlabs][kDepth][4], values_[kSlabs][kDepth][4];
+};
+
+// Any element on any architecture, in float32 arithmetic: what float32 asks for, and the only way for bfloat16 on
+// sm_75. Keys and rows pass in slices of their width, two at a time, so that every width fits sm_75's shared memory.
+template <typename T>
+class FmaTiles {
+  static constexpr int kSliceBytes = 64;
+  static constexpr int kSlice = kSliceBytes / sizeof(T);
+  static constexpr int kChunks = kSliceBytes / 16;
+  static constexpr int kPitch = kSliceBytes + 16;  // an odd multiple of 16 bytes
+
+ public:
+  using Element = T;
+  static constexpr bool kTensorCores = false;
+  static constexpr int kKeys = 128;
+  static constexpr int kThreadKeys = 8;
+  static constexpr int kThreadQueries = 4;
+  static constexpr int kPart = 4;
+  static constexpr int kLanesPerKey = 8;
+  static constexpr int kMaxTargets = 4;
+  static constexpr int kStageBytes = (kKeys + kTileRows) * kPitch;
+  static constexpr int kSharedBytes = 2 * kStageBytes;
+
+  __device__ static int key(int i) { return warp() * 4 + lane() / 8 + i * 16; }
+  __device__ static int query(int i) { return lane() % 8 + i * 8; }
+
+  template <typename Source>
+  __device__ FmaTiles(unsigned char* shared, const Rows<T>& keys, const Rows<T>& values, RowShape shape, Source&)
+      : shared_(shared), keys_(keys), values_(values), shape_(shape) {}
+
+  template <bool kValues, typename Source, typename Finish>
+  __device__ void multiply(Source& source, const Finish& finish) {
+    const Rows<T>& left = kValues ? values_ : keys_;
+    Rows<T> right;
+    source.next(right);
+    float product[kThreadKeys][kPart] = {};
+    fill(left, right, 0);
+    for (int column = 0; column < shape_.width; column += kSlice) {
+      fill(left, right, column + kSlice);
+      ptx::wait<1>();
+      __syncthreads();
+      add_slice(stage(column), product);
+      __syncthreads();
+    }
+    finish(0, product);
+  }
+
+ private:
+  struct alignas(16) Chunk {
+    T element[16 / sizeof(T)];
+  };
+
+  __device__ unsigned char* stage(int column) const { return shared_ + column / kSlice % 2 * kStageBytes; }
+
+  __device__ void fill(const Rows<T>& left, const Rows<T>& right, int column) {
+    if (column < shape_.width) {
+      copy_rows<kKeys, kChunks>(left, column, shape_, stage(column), kPitch);
+      copy_rows<kTileRows, kChunks>(right, column, shape_, stage(column) + kKeys * kPitch, kPitch);
+    }
+    ptx::commit();
+  }
+
+  __device__ static void add_slice(const unsigned char* slice, float (&product)[kThreadKeys][kThreadQueries]) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      Chunk right[kThreadQueries];
+#pragma unroll
+      for (int q = 0; q < kThreadQueries; ++q) {
+        right[q] = *reinterpret_cast<const Chunk*>(slice + (kKeys + query(q)) * kPitch + c * 16);
+      }
+#pragma unroll
+      for (int i = 0; i < kThreadKeys; ++i) {
+        const Chunk left = *reinterpret_cast<const Chunk*>(slice + key(i) * kPitch + c * 16);
+#pragma unroll
+        for (int e = 0; e < static_cast<int>(16 / sizeof(T)); ++e) {
+#pragma unroll
+          for (int q = 0; q < kThreadQueries; ++q) {
+            product[i][q] = fmaf(to_float(left.element[e]), to_float(right[q].element[e]), product[i][q]);
+          }
+        }
+      }
+    }
+  }
+
+  unsigned char* shared_;
+  Rows<T> keys_, values_;
+  RowShape shape_;
+};
+
+}  // namespace fastxai::cuda
