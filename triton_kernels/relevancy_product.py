@@ -21,7 +21,9 @@ from torch import Tensor
 LOG2_E = 1.4426950408889634
 # Tiles of query rows that one step of the first launch looks at.
 TILES_AT_ONCE = 16
-MOST_TARGETS = 4
+# More spill registers, and so does the second where the head width is over 128.
+MOST_TARGETS = 2
+MOST_TARGETS_OF_ONE_GRADIENT = 8
 # Lengths differ from call to call, and a kernel compiled anew for one that is a multiple of 16 gains nothing from it.
 SIZES = ["heads", "group", "queries", "keys", "targets", "key_blocks", "chunks"]
 
@@ -375,18 +377,19 @@ def pieces(width: int) -> tuple[int, int]:
     return (2 * low, 0) if high >= low else (low, high)
 
 
-def targets_per_program(targets: int, shared_gradient: bool) -> int:
+def targets_per_program(targets: int, shared_gradient: bool, width: int = 128) -> int:
     """How many targets share a score tile: the least work, a product for the scores and one for each gradient."""
     if shared_gradient:
-        return min(targets, 2 * MOST_TARGETS)
-    return min(range(1, MOST_TARGETS + 1), key=lambda shared: (-(-targets // shared) * (1 + shared), shared))
+        return min(targets, MOST_TARGETS_OF_ONE_GRADIENT)
+    most = MOST_TARGETS if width <= 128 else 1
+    return min(range(1, most + 1), key=lambda shared: (-(-targets // shared) * (1 + shared), shared))
 
 
 def configuration(
     dtype: torch.dtype, width: int, targets: int, shared_gradient: bool, capability: tuple[int, int]
 ) -> Configuration:
     """Tiles that neither spill registers nor exceed shared memory; `make triton` checks that for every architecture."""
-    shared = targets_per_program(targets, shared_gradient)
+    shared = targets_per_program(targets, shared_gradient, width)
     if dtype == torch.float32 or width > 256:
         return Configuration(64, 64, 32, 0, False, shared, 8, 2, None)
     low, high = pieces(width)
