@@ -99,6 +99,6 @@ def test_pieces_cover_a_width() -> None:
 def test_targets_share_score_tiles_where_that_is_less_work() -> None:
     from lvlm_fastxai.triton_kernels.relevancy_product import targets_per_program
 
-    assert [targets_per_program(n, False) for n in (1, 2, 3, 4, 5, 16)] == [1, 2, 2, 2, 2, 2]
+    assert [targets_per_program(n, False) for n in (1, 2, 3, 4, 5, 16)] == [1, 2, 1, 2, 2, 2]
     assert targets_per_program(4, False, width=256) == 1
     assert targets_per_program(5, True) == 5
