@@ -158,8 +158,8 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
         type=_row_tolerance,
         default=0.0,
         metavar="E",
-        help="share of the gradient and relevancy that may be left out at each layer, 0 to below 1; 'auto': as much as the "
-        "rounding of the model's dtype hides, which in float32 is nothing (default: %(default)s, exact)",
+        help="share of gradient and relevancy that may be left out at each layer, 0 to below 1; 'auto': as much as the "
+        "rounding of a bfloat16 model hides, nothing in other dtypes (default: %(default)s, exact)",
     )
     parser.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="longest answer, in tokens (default: %(default)s)"

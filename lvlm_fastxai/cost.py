@@ -29,8 +29,8 @@ CALL_OVERHEAD_FACTOR = 3.0
 # A backward without weight gradients has one product per product of the forward; flash attention's has 5 for 2.
 ATTENTION_BACKWARD = 2.5
 # Share of a layer's rows that a pruned sweep keeps at most, by the least tolerance for which that holds: the largest of
-# 60 to 130 targets of SmolLM2 at S = 136 … 512 (benchmarks/results/pruned.json). Longer sequences keep a smaller share.
-ROWS_KEPT = ((0.3, 0.06), (0.2, 0.15), (0.1, 0.37), (0.05, 0.81))
+# 42 to 78 targets of SmolLM2 at S = 136 … 1024 (benchmarks/results/pruned.json). Longer sequences keep a smaller share.
+ROWS_KEPT = ((0.3, 0.03), (0.2, 0.04), (0.1, 0.15), (0.05, 0.29), (0.03, 0.39), (0.02, 0.72), (0.01, 0.89))
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ def relevancy_rows(
         memory: "fast" keeps activations, "lean" recomputes layer by layer, "min" also keeps the layer inputs off the
             device.
         row_tolerance: 0, the exact sweep. ε > 0, the pruned sweep: at every layer the rows that hold a share 1 − ε of
-            what it adds to the map and hands down. "auto": pruned as far as the estimated error stays below the rounding error of the
-            model's dtype, which for fp32 and fp64 models means exact.
+            what it adds to the map and hands down. "auto": pruned as far as the estimated error stays below the
+            rounding error of a bf16 model; exact for the other dtypes.
         prompt_length: column at which the answer starts; an integer, or one for each sample.
 
     Returns:

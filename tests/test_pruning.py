@@ -460,8 +460,8 @@ def in_bf16(name: str, text: int = 12) -> tuple[nn.Module, dict[str, Any], list[
 
 
 @pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_auto_is_exact_where_rounding_is_small(
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_auto_is_exact_where_rounding_is_small_or_unknown(
     dtype: torch.dtype, memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pruning, "SHORTEST_PRUNED", 1)
@@ -509,6 +509,7 @@ def test_auto_ends_with_the_exact_sweep(
 ) -> None:
     """No estimate is good enough: every attempt is made over the same forward, in two chunks for `chefer`."""
     monkeypatch.setattr(pruning, "SHORTEST_PRUNED", 1)
+    monkeypatch.setattr(pruning, "AUTO_TOLERANCES", (0.1, 0.03))
     monkeypatch.setitem(pruning.ROUNDING_ERROR, torch.bfloat16, 0.0)
     model, inputs, targets = in_bf16(name)
     slot = inputs["input_ids"].numel() * models.WIDTH * 2  # bytes
@@ -532,6 +533,7 @@ def test_auto_takes_the_first_tolerance_that_will_do(
     memory: str, descents: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pruning, "SHORTEST_PRUNED", 1)
+    monkeypatch.setattr(pruning, "AUTO_TOLERANCES", (0.1, 0.03))
     model, inputs, targets = in_bf16("qwen3_vl")
     coarse, fine = (explain_rows(model, inputs, targets, memory=memory, row_tolerance=t) for t in (0.1, 0.03))
     assert coarse.certificate is not None and fine.certificate is not None
