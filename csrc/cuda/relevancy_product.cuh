@@ -231,30 +231,21 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int n = 0; n < targets; ++n) {
         const float* weight = row + n * problem.queries;
         Sums<kKeys> sum = sums[n * kThreads];
-        if (own_gradients) {
+        if (own_gradients || n == 0) {
           tiles.template multiply<true>(source, [&](int first, float (&product)[kKeys][kPart]) {
 #pragma unroll
             for (int a = 0; a < kKeys; ++a) {
 #pragma unroll
-              for (int q = 0; q < kPart; ++q) product[a][q] = ptx::rectified(probability[a][first + q] * product[a][q]);
-            }
-            add_columns<Tiles>(product, first, weight, first_row, rows, all, visible, sum);
-          });
-        } else {
-          // One gradient for all targets: its product replaces the probability and is weighted once per target.
-          if (n == 0) {
-            tiles.template multiply<true>(source, [&](int first, const float (&product)[kKeys][kPart]) {
-#pragma unroll
-              for (int a = 0; a < kKeys; ++a) {
-#pragma unroll
-                for (int q = 0; q < kPart; ++q) {
-                  probability[a][first + q] = ptx::rectified(probability[a][first + q] * product[a][q]);
-                }
+              for (int q = 0; q < kPart; ++q) {
+                product[a][q] = ptx::rectified(probability[a][first + q] * product[a][q]);
+                // One gradient for all targets: its product replaces the probability, to be weighted once per target.
+                if (!own_gradients) probability[a][first + q] = product[a][q];
               }
-            });
-          }
-          add_columns<Tiles>(probability, 0, weight, first_row, rows, all, visible, sum);
+            }
+            if (own_gradients) add_columns<Tiles>(product, first, weight, first_row, rows, all, visible, sum);
+          });
         }
+        if (!own_gradients) add_columns<Tiles>(probability, 0, weight, first_row, rows, all, visible, sum);
         sums[n * kThreads] = sum;
       }
     }

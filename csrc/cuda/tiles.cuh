@@ -70,7 +70,7 @@ __device__ inline void copy_rows(const Rows<T>& rows, int first_column, RowShape
   static_assert(kRows * kChunks % kThreads == 0);
   const int thread = ptx::thread();
   if (shape.aligned) {
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < kRows * kChunks; i += kThreads) {
       copy(i + thread, [](T* target, const T* source, int present) {
         ptx::copy16(target, source, present * static_cast<int>(sizeof(T)));
@@ -121,6 +121,7 @@ class TensorCoreTiles {
       : shared_(shared), shape_(shape) {
     load_slabs(keys, keys_);
     load_slabs(values, values_);
+#pragma unroll 1
     for (int stage = 0; stage < kStages - 1; ++stage) fill(stage, source);
   }
 
@@ -134,8 +135,9 @@ class TensorCoreTiles {
     fill((stage_ + kStages - 1) % kStages, source);
 
     const uint32_t (&left)[kSlabs][kDepth][4] = kValues ? values_ : keys_;
+    const int lane = ptx::thread() % 32;
     const unsigned char* tile =
-        shared_ + stage_ * kStageBytes + (lane() / 16 * 8 + lane() % 8) * kPitch + lane() / 8 % 2 * 16;
+        shared_ + stage_ * kStageBytes + (lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float product[kThreadKeys][kPart] = {};
