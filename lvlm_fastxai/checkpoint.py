@@ -47,8 +47,8 @@ def load_checkpoint(folder: Path | None, device: str = "cpu", dtype: str = "auto
                     f"--model: '{folder}' holds a {config.model_type} model, which reads no images; "
                     "give an image-text-to-text checkpoint such as LLaVA"
                 )
-            model = transformers.AutoModelForImageTextToText.from_pretrained(
-                folder, dtype="auto" if dtype == "auto" else getattr(torch, dtype), local_files_only=True
+            model = load_weights(
+                transformers.AutoModelForImageTextToText, folder, "auto" if dtype == "auto" else getattr(torch, dtype)
             )
             processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
     except FastXAIError:
@@ -57,3 +57,23 @@ def load_checkpoint(folder: Path | None, device: str = "cpu", dtype: str = "auto
     except Exception as error:
         raise ArgumentError(f"--model: cannot load '{source}': {one_line(error)}") from error
     return model.eval().to(target), processor, source
+
+
+def load_weights(model_class: Any, folder: Path, dtype: Any) -> Any:
+    """The model in ``folder`` by ``model_class.from_pretrained``, which only warns when it draws what a checkpoint lacks
+    at random.
+
+    Raises:
+        ArgumentError: weights of the model are not in the checkpoint; the message names one.
+    """
+    import transformers
+
+    model, found = model_class.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ArgumentError(
+            f"'{folder}' lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}, and would be "
+            f"explained with random ones; it was saved by transformers {model.config.transformers_version or 'unknown'}"
+            f", and {transformers.__version__} reads it"
+        )
+    return model

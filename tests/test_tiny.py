@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -514,4 +515,15 @@ def test_sample_is_answered(shipped):
 
 def test_missing_checkpoint_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="reinstall"):
+        load_tiny_lvlm(tmp_path)
+
+
+@needs_weights
+def test_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(WEIGHTS, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if "post_layernorm" not in k}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 2 weights of Llava.*post_layernorm"):
         load_tiny_lvlm(tmp_path)

@@ -36,6 +36,7 @@ def load_tiny_lvlm(folder: str | Path | None = None) -> tuple[LlavaForConditiona
 
     Raises:
         FileNotFoundError: if the folder holds no checkpoint.
+        ArgumentError: if weights are missing there.
     """
     source = Path(folder) if folder is not None else WEIGHTS
     if not (source / "config.json").is_file():
@@ -46,6 +47,8 @@ def load_tiny_lvlm(folder: str | Path | None = None) -> tuple[LlavaForConditiona
     import torch
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-    model = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32, local_files_only=True)
+    from ..checkpoint import load_weights
+
+    model = load_weights(LlavaForConditionalGeneration, source, torch.float32)
     processor = LlavaProcessor.from_pretrained(source, local_files_only=True)
     return model.eval(), processor

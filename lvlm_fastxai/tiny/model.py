@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
@@ -147,6 +148,7 @@ def save_checkpoint(model: LlavaForConditionalGeneration, folder: Path) -> None:
         bos_token_id=ids[BOS], eos_token_id=ids[EOS], pad_token_id=ids[PAD], max_new_tokens=24, do_sample=False
     )
     half.save_pretrained(folder)
+    name_as_hub(folder / "model.safetensors")
     # fp16 halves the file; nobody should compute in it on a CPU, so the stored dtype asks for fp32.
     config = LlavaConfig.from_pretrained(folder)
     parts: tuple[Any, ...] = (config, config.text_config, config.vision_config)
@@ -156,6 +158,15 @@ def save_checkpoint(model: LlavaForConditionalGeneration, folder: Path) -> None:
     for file in folder.iterdir():
         file.chmod(0o644)
     build_processor().save_pretrained(folder)
+
+
+def name_as_hub(file: Path) -> None:
+    """Give the vision tower's weights the names LLaVA's checkpoints have had from the first. Every transformers renames
+    those to its own; those that 5.23 saves, 5.0 leaves unread and draws a random tower instead."""
+    weights = load_file(file)
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    renamed = {name if new in name else name.replace(old, new): weight for name, weight in weights.items()}
+    save_file(renamed, file, metadata={"format": "pt"})
 
 
 def chat(question: str) -> list[dict]:
