@@ -161,7 +161,7 @@ class Certificate:
         rows_kept: (N, L) int64, rows of each layer that took part; S where a layer was swept whole.
         dropped: (N, L) fp32, share of the gradient norm at each layer's output whose rows were left out of the layer.
         error: (N,) fp32, estimated relative L1 error of the row without its self entry; 0 where nothing was left out.
-            The true error was below it in 95 % of the cases it was calibrated on (docs/pruned-sweep.md).
+            The true error was below it in 98 % of the cases it was calibrated on (docs/pruned-sweep.md).
     """
 
     rows_kept: Tensor

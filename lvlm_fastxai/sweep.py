@@ -156,7 +156,8 @@ class Sweep:
         self._decoder, self._modules = find_decoder_layers(model)
         shape = next(inputs[name].shape for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
         dtype: Any = model.dtype
-        self.tolerances = tolerances(row_tolerance, dtype, shape[1])
+        self._columns = int(shape[1])
+        self.tolerances = tolerances(row_tolerance, dtype, self._columns)
         self.error_limit = ROUNDING_ERROR.get(dtype, 0.0)
         self._recording = recording
         self._keep_graphs = memory == "fast" and self.tolerances == (0.0,) and recording is None
@@ -226,7 +227,7 @@ class Sweep:
             self._pull(slot, None, top, gradients[number], keep=keep or number + 1 < len(slots))
         self.input_gradients = []
         if row_tolerance > 0 and self.fallback is None:
-            self.fallback = self._reason_against_parts(next(iter(next(filter(None, gradients)).values())).shape[1])
+            self.fallback = self._reason_against_parts()
         for index in range(top, -1, -1):
             layer = self._layers[index]
 
@@ -336,11 +337,11 @@ class Sweep:
         one = Selection(rows[:, :1], selection.counts.amax(1, keepdim=True), norms[:, :, 0, :, 0])
         return _step(index, shared, collect(index, list(grad_output.unbind(1)), rows[:, 0]), one)
 
-    def _reason_against_parts(self, columns: int) -> str | None:
+    def _reason_against_parts(self) -> str | None:
         """Why the layers cannot be called on a part of their rows. One that cannot speaks for all: a sweep that has
         pruned above it would not be exact."""
         for layer in self._layers:
-            reason = reason_against(layer.args, layer.kwargs, columns)
+            reason = reason_against(layer.args, layer.kwargs, self._columns)
             if reason is not None:
                 return f"{type(layer.module).__name__}: {reason}"
         return None
@@ -357,7 +358,6 @@ class Sweep:
         if tolerance == 0 or self.fallback is not None:
             return None
         present = next(gradient for gradient in incoming if gradient is not None)
-        columns = present.shape[1]
         norms = [
             present.new_zeros(present.shape[:2], dtype=torch.float32)
             if gradient is None
@@ -366,7 +366,7 @@ class Sweep:
         ]
         running = None if relevancy is None else relevancy()
         selection = select_rows(torch.stack(norms, dim=1), tolerance, relevancy=running, shared=shared)
-        return selection if selection.rows.shape[-1] <= WHOLE_LAYER_SHARE * columns else None
+        return selection if selection.rows.shape[-1] <= WHOLE_LAYER_SHARE * self._columns else None
 
     def _pull(
         self, tensor: Tensor, gradient: Tensor | None, below: int, into: dict[int, Tensor], *, keep: bool

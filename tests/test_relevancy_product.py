@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,6 +73,17 @@ class Case:
         device = "cuda" if on_gpu else "cpu"
         moved = [t.to(device) for t in self.tensors]
         return fx.ops.relevancy_product(*moved, key_ranges=self.ranges.to(device), backend=backend, **options).cpu()
+
+    def laid_out(self, change: Callable[[Tensor], Tensor]) -> Case:
+        """The same with the tensors of the attention, which come as views from a model, changed in layout."""
+        four = {name: change(getattr(self, name)) for name in ("query", "key", "value", "grad_output")}
+        assert not four["query"].is_contiguous()
+        return replace(self, **four)
+
+
+def as_view(tensor: Tensor) -> Tensor:
+    """(…, H, S, d) laid out as (…, S, H, d), which is how transformers passes it."""
+    return tensor.transpose(-3, -2).contiguous().transpose(-3, -2)
 
 
 def make_case(
@@ -254,23 +266,11 @@ def test_strided_inputs(dtype: torch.dtype, backend: str) -> None:
     case = make_case(batch=2, targets=2, queries=75, width=40, dtype=dtype)
     expected = case.run(backend)
 
-    def as_view(tensor: Tensor) -> Tensor:
-        return tensor.transpose(-3, -2).contiguous().transpose(-3, -2)
-
     def with_gaps(tensor: Tensor) -> Tensor:
         return torch.stack((tensor, tensor + 1), -1)[..., 0]
 
     for change in (as_view, with_gaps):
-        changed = replace(
-            case,
-            query=change(case.query),
-            key=change(case.key),
-            value=change(case.value),
-            grad_output=change(case.grad_output),
-            logsumexp=with_gaps(case.logsumexp),
-            row=with_gaps(case.row),
-        )
-        assert not changed.query.is_contiguous()
+        changed = replace(case.laid_out(change), logsumexp=with_gaps(case.logsumexp), row=with_gaps(case.row))
         assert torch.equal(changed.run(backend), expected)
     expanded = replace(case, grad_output=case.grad_output[:, :1].expand(-1, 2, -1, -1, -1))
     assert torch.equal(expanded.run(backend), replace(case, grad_output=case.grad_output[:, :1]).run(backend))
