@@ -60,8 +60,7 @@ def load_checkpoint(folder: Path | None, device: str = "cpu", dtype: str = "auto
 
 
 def load_weights(model_class: Any, folder: Path, dtype: Any) -> Any:
-    """The model in ``folder`` by ``model_class.from_pretrained``, which draws at random what a checkpoint lacks and only
-    warns.
+    """The model in ``folder`` by ``model_class.from_pretrained``, which only warns of weights drawn at random.
 
     Raises:
         ArgumentError: weights of the model are not in the checkpoint; the message names one.
