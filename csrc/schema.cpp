@@ -4,4 +4,8 @@ STABLE_TORCH_LIBRARY(lvlm_fastxai, m) {
   m.def(
       "relevancy_product(Tensor query, Tensor key, Tensor value, Tensor grad_output, Tensor logsumexp, Tensor row, "
       "Tensor key_start, Tensor key_end, float scale) -> Tensor");
+  m.def(
+      "attention_backward_relevancy(Tensor query, Tensor key, Tensor value, Tensor output, Tensor grad_output, "
+      "Tensor logsumexp, Tensor row, Tensor key_start, Tensor key_end, float scale) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
 }

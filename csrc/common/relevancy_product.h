@@ -1,11 +1,9 @@
 // The problem that every backend of relevancy_product solves. No torch types: kernels compile without torch headers.
 #pragma once
 
-#include <cstdint>
+#include "element.h"
 
 namespace fastxai {
-
-enum class Element : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 // result[b, n, j] = Σ_i row[b, n, i] · (1/H) Σ_h max(0, exp(scale·q_i·k_j − logsumexp_i) · (dO_i·v_j))
 // over the rows i with key_start[b, i] <= j < key_end[b, i]. Rows of weight zero contribute nothing.

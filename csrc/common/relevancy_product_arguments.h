@@ -1,17 +1,10 @@
 // Turns tensors into the plain problem description; the last line of defence behind the checks made in Python.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
+#include "arguments.h"
 #include "relevancy_product.h"
 
 namespace fastxai {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Holds what the problem points into, as long as the problem is used.
 struct RelevancyProductArguments {
@@ -19,46 +12,10 @@ struct RelevancyProductArguments {
   RelevancyProduct problem;
 };
 
-inline Tensor with_contiguous_last_axis(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  return tensor.stride(last) == 1 || tensor.size(last) <= 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-inline Tensor with_dense_layout(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-inline Element element_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat32;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "relevancy_product: the native kernels take float32, bfloat16 and float16");
-  }
-}
-
-inline void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected) {
-  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(expected.size()), "relevancy_product: `", name, "` must have ",
-                  expected.size(), " dimensions, got ", tensor.dim());
-  int64_t axis = 0;
-  for (int64_t size : expected) {
-    STD_TORCH_CHECK(tensor.size(axis) == size, "relevancy_product: `", name, "` must have size ", size, " in axis ",
-                    axis, ", got ", tensor.size(axis));
-    ++axis;
-  }
-}
-
-inline void check_dtype(const char* name, const Tensor& tensor, ScalarType expected) {
-  STD_TORCH_CHECK(tensor.scalar_type() == expected, "relevancy_product: `", name, "` has an unexpected dtype");
-}
-
 inline RelevancyProductArguments describe(const Tensor& query, const Tensor& key, const Tensor& value,
                                           const Tensor& grad_output, const Tensor& logsumexp, const Tensor& row,
                                           const Tensor& key_start, const Tensor& key_end, double scale) {
+  const char* const op = "relevancy_product";
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && grad_output.dim() == 5 && row.dim() == 3,
                   "relevancy_product: expected query (B,H,Sq,d), key (B,Hkv,Sk,d), grad_output (B,N,H,Sq,d), "
                   "row (B,N,Sq)");
@@ -73,7 +30,7 @@ inline RelevancyProductArguments describe(const Tensor& query, const Tensor& key
                                       torch::stable::new_empty(row, {row.size(0), row.size(1), key.size(2)}),
                                       {}};
   RelevancyProduct& problem = arguments.problem;
-  problem.element = element_of(query);
+  problem.element = element_of(op, query);
   problem.batch = query.size(0);
   problem.heads = query.size(1);
   problem.queries = query.size(2);
@@ -88,21 +45,21 @@ inline RelevancyProductArguments describe(const Tensor& query, const Tensor& key
                   "relevancy_product: the key heads must divide the query heads");
   STD_TORCH_CHECK(problem.grad_targets == problem.targets || problem.grad_targets == 1,
                   "relevancy_product: `grad_output` must hold one gradient per row, or one for all");
-  check_shape("key", key, {problem.batch, problem.key_heads, problem.keys, problem.width});
-  check_shape("value", value, {problem.batch, problem.key_heads, problem.keys, problem.width});
-  check_shape("grad_output", grad_output,
+  check_shape(op, "key", key, {problem.batch, problem.key_heads, problem.keys, problem.width});
+  check_shape(op, "value", value, {problem.batch, problem.key_heads, problem.keys, problem.width});
+  check_shape(op, "grad_output", grad_output,
               {problem.batch, problem.grad_targets, problem.heads, problem.queries, problem.width});
-  check_shape("logsumexp", logsumexp, {problem.batch, problem.heads, problem.queries});
-  check_shape("row", row, {problem.batch, problem.targets, problem.queries});
-  check_shape("key_start", key_start, {problem.batch, problem.queries});
-  check_shape("key_end", key_end, {problem.batch, problem.queries});
-  check_dtype("key", key, query.scalar_type());
-  check_dtype("value", value, query.scalar_type());
-  check_dtype("grad_output", grad_output, query.scalar_type());
-  check_dtype("logsumexp", logsumexp, ScalarType::Float);
-  check_dtype("row", row, ScalarType::Float);
-  check_dtype("key_start", key_start, ScalarType::Int);
-  check_dtype("key_end", key_end, ScalarType::Int);
+  check_shape(op, "logsumexp", logsumexp, {problem.batch, problem.heads, problem.queries});
+  check_shape(op, "row", row, {problem.batch, problem.targets, problem.queries});
+  check_shape(op, "key_start", key_start, {problem.batch, problem.queries});
+  check_shape(op, "key_end", key_end, {problem.batch, problem.queries});
+  check_dtype(op, "key", key, query.scalar_type());
+  check_dtype(op, "value", value, query.scalar_type());
+  check_dtype(op, "grad_output", grad_output, query.scalar_type());
+  check_dtype(op, "logsumexp", logsumexp, ScalarType::Float);
+  check_dtype(op, "row", row, ScalarType::Float);
+  check_dtype(op, "key_start", key_start, ScalarType::Int);
+  check_dtype(op, "key_end", key_end, ScalarType::Int);
 
   problem.query = arguments.query.const_data_ptr();
   problem.key = arguments.key.const_data_ptr();
