@@ -36,6 +36,7 @@ from .pruning import (
     take_rows,
     tolerances,
 )
+from .sharding import find_ranks
 
 MEMORY_MODES = ("fast", "lean", "min")
 
@@ -127,6 +128,7 @@ class Sweep:
     Attributes:
         tolerances: what to try in turn, the last one whatever its error.
         error_limit: the estimated error below which an earlier one will do.
+        ranks: over which the model's heads are split; every rank makes the same sweep.
         fallback: why layers are swept whole although ``row_tolerance`` is not 0; None if they are not.
         logits: (B, R, V) at ``query_rows``, in the model's dtype.
         input_gradients: after a descent, one (B, S, D) gradient at the first layer's input per slot.
@@ -154,6 +156,7 @@ class Sweep:
         self.query_rows = query_rows
         self._inputs = {name: value for name, value in inputs.items() if name != "labels"}
         self._decoder, self._modules = find_decoder_layers(model)
+        self.ranks = find_ranks(model, self._text_config)
         shape = next(inputs[name].shape for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
         dtype: Any = model.dtype
         self._columns = int(shape[1])
@@ -190,9 +193,13 @@ class Sweep:
         return len(self._modules)
 
     @property
-    def hidden_size(self) -> int:
+    def _text_config(self) -> Any:
         config: Any = self._decoder.config
-        return int(config.get_text_config().hidden_size)
+        return config.get_text_config()
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self._text_config.hidden_size)
 
     def top_layer(self) -> LayerTape:
         """The last layer's tape without a backward (``grad_output`` is None)."""
@@ -366,6 +373,7 @@ class Sweep:
         ]
         running = None if relevancy is None else relevancy()
         selection = select_rows(torch.stack(norms, dim=1), tolerance, relevancy=running, shared=shared)
+        selection = Selection(*map(self.ranks.agree, (selection.rows, selection.counts, selection.norms)))
         return selection if selection.rows.shape[-1] <= WHOLE_LAYER_SHARE * self._columns else None
 
     def _pull(
@@ -480,6 +488,8 @@ class Sweep:
                 f"attention {tape.calls} times instead of once; its attention cannot be registered with "
                 "transformers' AttentionInterface, or it is not a plain self-attention decoder"
             )
+        if tape.query is not None:
+            self.ranks.check_heads(tape.query.shape[1], getattr(self._text_config, "num_attention_heads", None))
 
 
 def _grad_output(tapes: list[LayerTape], index: int, batch: int) -> Tensor:

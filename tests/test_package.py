@@ -26,7 +26,7 @@ FLOORS = (
     ("reference", "triton_kernels", "families", "picture"),
     ("checkpoint",),
     ("ops",),
-    ("attention", "pruning", "targets"),
+    ("attention", "pruning", "sharding", "targets"),
     ("sweep",),
     ("methods", "recording"),
     ("relevancy", "cost"),

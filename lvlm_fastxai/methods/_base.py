@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..pruning import Certificate, Ledger
+from ..sharding import Ranks
 from ..sweep import Collect, LayerStep, Sweep
 from ..targets import Targets
 
@@ -75,8 +76,8 @@ class Method(ABC):
             for step in sweep.descend(
                 scalars, keep=keep or not final, collect=collect, row_tolerance=tolerance, relevancy=running
             ):
-                row = advance(row, step, ledger)
-            if final or bool((ledger.close(row)[2] <= sweep.error_limit).all()):
+                row = advance(row, step, ledger, sweep.ranks)
+            if final or bool((sweep.ranks.agree(ledger.close(row)[2]) <= sweep.error_limit).all()):
                 break
         self._enter(ledger, row, slots)
         return row
@@ -107,7 +108,7 @@ def row_dtype(sweep: Sweep) -> torch.dtype:
     return torch.float64 if sweep.logits.dtype == torch.float64 else torch.float32
 
 
-def advance(row: Tensor, step: LayerStep, ledger: Ledger) -> Tensor:
+def advance(row: Tensor, step: LayerStep, ledger: Ledger, ranks: Ranks) -> Tensor:
     """row + row @ mean_h max(0, dP_h ∘ P_h): the running rows (B, N, S) one layer further down."""
     row = row.to(step.query.device)
     weights = row
@@ -124,7 +125,7 @@ def advance(row: Tensor, step: LayerStep, ledger: Ledger) -> Tensor:
         scale=step.scale,
         key_ranges=step.key_ranges,
     )
-    product = product.view_as(row)
+    product = ranks.mean(product.view_as(row))
     ledger.enter(step.selection, row, product)
     return row + product
 

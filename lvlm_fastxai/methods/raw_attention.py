@@ -34,4 +34,4 @@ class RawAttention(Method):
             first, last = tape.key_ranges[sample, rows[target]]
             visible = (columns >= first) & (columns < last)
             result[target] = torch.where(visible, (scores - logsumexp).exp(), 0).mean((0, 1)).to(result)
-        return result
+        return sweep.ranks.mean(result)
