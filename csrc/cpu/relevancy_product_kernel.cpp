@@ -1,102 +1,11 @@
 // Fused kernel: score tile, exponential, gradient tile, rectified product and column sum without leaving the core.
-//
-// Compiled once per instruction set (FASTXAI_ISA names it, FASTXAI_VECTOR_BYTES and FASTXAI_TILE_* shape it) with GCC
-// and Clang vector extensions, so one source serves AVX-512, AVX2, SSE2 and NEON. Everything here has internal linkage
-// and no standard-library template is used: an inline function compiled for AVX-512 must never be the copy that the
-// linker keeps for the whole library.
 
 #include "relevancy_product_kernel.h"
 
+#include "vectors.h"
+
 namespace fastxai::cpu {
 namespace {
-
-constexpr int kLanes = FASTXAI_VECTOR_BYTES / 4;
-constexpr int kTileRows = FASTXAI_TILE_ROWS;
-constexpr int kTileVectors = FASTXAI_TILE_VECTORS;
-constexpr int kPanel = kTileVectors * kLanes;  // keys that one tile spans
-
-typedef float Floats __attribute__((vector_size(FASTXAI_VECTOR_BYTES)));
-typedef int32_t Ints __attribute__((vector_size(FASTXAI_VECTOR_BYTES)));
-typedef uint32_t Words __attribute__((vector_size(FASTXAI_VECTOR_BYTES)));
-typedef uint16_t Halves __attribute__((vector_size(FASTXAI_VECTOR_BYTES / 2)));
-typedef Floats FloatsAnywhere __attribute__((aligned(4), may_alias));
-typedef Halves HalvesAnywhere __attribute__((aligned(2), may_alias));
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-inline Floats load(const float* source) {
-  return *reinterpret_cast<const FloatsAnywhere*>(source);
-}
-
-inline Floats load(const BFloat16* source) {
-  const Halves bits = *reinterpret_cast<const HalvesAnywhere*>(source);
-  return (Floats)(__builtin_convertvector(bits, Words) << 16);
-}
-
-inline Floats load(const Float16* source) {
-  const Words bits = __builtin_convertvector(*reinterpret_cast<const HalvesAnywhere*>(source), Words);
-  // Shifted into float32's fields the exponent is 112 too small; the multiplication also normalises subnormals.
-  const Floats magnitude = (Floats)((bits & 0x7fffu) << 13) * 0x1p112f;
-  const Words special = (Words)((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;
-  return (Floats)((Words)magnitude | special | ((bits & 0x8000u) << 16));
-}
-
-inline float load_one(const float* source) {
-  return *source;
-}
-
-template <typename T>
-inline float load_one(const T* source) {
-  T padded[kLanes] = {*source};
-  return load(padded)[0];
-}
-
-// 2^x within 2 ulp for |x| < 126; 0 below that, infinity above, NaN for NaN.
-inline Floats exp2(Floats x) {
-  x = x > 128.0f ? 128.0f - Floats{} : x;
-  x = x < -126.0f ? -127.0f - Floats{} : x;
-  // Adding 1.5·2^23 rounds to an integer, which stands in the low bits of the sum together with the exponent's bias.
-  constexpr float kShift = 0x1.8p23f + 127.0f;
-  const Floats shifted = x + kShift;
-  const Floats fraction = x - (shifted - kShift);  // in [-0.5, 0.5]
-  // Minimax polynomial of 2^f on that interval.
-  Floats power = fraction * 1.535336188319500e-4f + 1.339887440266574e-3f;
-  power = power * fraction + 9.618437357674640e-3f;
-  power = power * fraction + 5.550332471162809e-2f;
-  power = power * fraction + 2.402264791363012e-1f;
-  power = power * fraction + 6.931472028550421e-1f;
-  power = power * fraction + 1.0f;
-  return power * (Floats)((Ints)shifted << 23);
-}
-
-// rows[r] (kTileRows × width, row by row) times the first kVectors vectors of a panel (width × kPanel). The sums are
-// handed to finish(r, v, sum) while they are still in registers.
-template <int kVectors, typename Finish>
-inline void multiply_tile(const float* rows, const float* panel, int64_t width, const Finish& finish) {
-  Floats sum[kTileRows][kVectors] = {};
-  for (int64_t k = 0; k < width; ++k) {
-    Floats right[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) right[v] = *reinterpret_cast<const Floats*>(panel + k * kPanel + v * kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < kTileRows; ++r) {
-      // Subtracting zero changes no value, so it costs nothing; adding zero would, since -0 + 0 = +0.
-      const Floats left = rows[r * width + k] - Floats{};
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += left * right[v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) finish(r, v, sum[r][v]);
-  }
-}
 
 // One group of kTileRows query rows, as the tiles want them.
 struct RowGroup {
@@ -115,16 +24,6 @@ struct Scratch {
   Floats (*probability)[kTileVectors];
   RowGroup group;
 };
-
-inline int64_t minimum(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-inline int64_t maximum(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-inline int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
 
 int64_t key_block(const RelevancyProduct& problem) {
   // Panels of keys and values fill a quarter of a 1 MiB L2 cache.
@@ -157,75 +56,9 @@ Scratch carve(const RelevancyProduct& problem, int64_t block, float* memory) {
   return scratch;
 }
 
-template <int... kIndex>
-struct Lanes {};
-template <int kCount, int... kIndex>
-struct CountLanes : CountLanes<kCount - 1, kCount - 1, kIndex...> {};
-template <int... kIndex>
-struct CountLanes<0, kIndex...> {
-  using type = Lanes<kIndex...>;
-};
-
-// Lanes of a and b in turn, from lane kFirst of each.
-template <int kFirst, int... kIndex>
-inline Floats zip(Floats a, Floats b, Lanes<kIndex...>) {
-  return __builtin_shufflevector(a, b, (kFirst + kIndex / 2 + kIndex % 2 * kLanes)...);
-}
-
-// Zipping the first half of the rows with the second log2(kLanes) times transposes the block.
-inline void transpose(Floats block[kLanes]) {
-  using Every = typename CountLanes<kLanes>::type;
-#pragma GCC unroll 4
-  for (int step = 1; step < kLanes; step *= 2) {
-    Floats zipped[kLanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      zipped[2 * i] = zip<0>(block[i], block[i + kLanes / 2], Every{});
-      zipped[2 * i + 1] = zip<kLanes / 2>(block[i], block[i + kLanes / 2], Every{});
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) block[i] = zipped[i];
-  }
-}
-
-// Keys of a head, transposed into panels of (d, kPanel), converted to float32, the tail filled with zeros.
-template <typename T>
-void pack_panels(const T* source, int64_t stride, int64_t count, int64_t width, float* panels) {
-  for (int64_t first = 0; first < round_up(count, kPanel); first += kLanes) {
-    float* panel = panels + first / kPanel * kPanel * width + first % kPanel;
-    const T* from = source + first * stride;
-    const int64_t present = maximum(0, minimum(kLanes, count - first));
-    int64_t k = 0;
-    for (; k + kLanes <= width; k += kLanes) {
-      Floats block[kLanes];
-#pragma GCC unroll 16
-      for (int key = 0; key < kLanes; ++key) block[key] = key < present ? load(from + key * stride + k) : Floats{};
-      transpose(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) *reinterpret_cast<Floats*>(panel + (k + i) * kPanel) = block[i];
-    }
-    for (; k < width; ++k) {
-      for (int key = 0; key < kLanes; ++key) {
-        panel[k * kPanel + key] = key < present ? load_one(from + key * stride + k) : 0.0f;
-      }
-    }
-  }
-}
-
-template <typename T>
-void copy_row(const T* source, int64_t width, float* target) {
-  int64_t k = 0;
-  for (; k + kLanes <= width; k += kLanes) *reinterpret_cast<FloatsAnywhere*>(target + k) = load(source + k);
-  for (; k < width; ++k) target[k] = load_one(source + k);
-}
-
-void clear(float* target, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) target[i] = 0.0f;
-}
-
 // Gathers the next rows that see any key of [first_key, last_key); returns how many were found.
 template <typename T>
-int gather(const RelevancyProduct& problem, const ActiveRows& rows, int64_t sample, int64_t head, int64_t first_key,
+int gather(const RelevancyProduct& problem, const RowList& rows, int64_t sample, int64_t head, int64_t first_key,
            int64_t last_key, int64_t& next, RowGroup& group) {
   const int64_t width = problem.width;
   const T* query =
@@ -268,17 +101,6 @@ int gather(const RelevancyProduct& problem, const ActiveRows& rows, int64_t samp
     for (int64_t n = 0; n < problem.targets; ++n) group.weight[n * kTileRows + r] = 0.0f;
   }
   return found;
-}
-
-// Keeps NaN, as torch.clamp does.
-inline Floats rectified(Floats product) {
-  return product < 0.0f ? Floats{} : product;
-}
-
-inline Ints count_lanes() {
-  Ints lanes = {};
-  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
-  return lanes;
 }
 
 // Weighted column sums of a tile. kBoundary: some row does not see some key of it.
@@ -325,23 +147,23 @@ void add_tile(const RelevancyProduct& problem, const Scratch& scratch, int64_t b
   const float scale = problem.scale * 1.44269504f;
 
   auto* const probability = scratch.probability;
-  multiply_tile<kVectors>(group.query, scratch.keys + panel_offset * width, width, [&](int r, int v, Floats score) {
-    probability[r][v] = exp2(score * scale - group.logsumexp[r]);
-  });
+  multiply_tile<kVectors>(
+      {group.query, width, 1}, scratch.keys + panel_offset * width, kPanel, width,
+      [&](int r, int v, Floats score) { probability[r][v] = exp2(score * scale - group.logsumexp[r]); });
   if (problem.grad_targets > 1 || problem.targets == 1) {
     for (int64_t n = 0; n < problem.targets; ++n) {
       const float* weight = group.weight + n * kTileRows;
       if (!any_weight(weight)) continue;
       ColumnSums<kVectors, kBoundary> columns(group, weight, first_key);
       multiply_tile<kVectors>(
-          group.grad_output + n * kTileRows * width, values, width,
+          {group.grad_output + n * kTileRows * width, width, 1}, values, kPanel, width,
           [&](int r, int v, Floats gradient) { columns.add(r, v, rectified(probability[r][v] * gradient)); });
       columns.write(scratch.sums + n * block + panel_offset);
     }
     return;
   }
   // One gradient for all targets: its product replaces the probability and is weighted once per target.
-  multiply_tile<kVectors>(group.grad_output, values, width, [&](int r, int v, Floats gradient) {
+  multiply_tile<kVectors>({group.grad_output, width, 1}, values, kPanel, width, [&](int r, int v, Floats gradient) {
     probability[r][v] = rectified(probability[r][v] * gradient);
   });
   for (int64_t n = 0; n < problem.targets; ++n) {
@@ -372,8 +194,8 @@ inline void add_narrowest_tile(const RelevancyProduct& problem, const Scratch& s
 }
 
 template <typename T>
-void run_typed(const RelevancyProduct& problem, const ActiveRows& rows, int64_t sample, int64_t head,
-               int64_t block_index, float* memory, float* partial) {
+void run_typed(const RelevancyProduct& problem, const RowList& rows, int64_t sample, int64_t head, int64_t block_index,
+               float* memory, float* partial) {
   const int64_t block = key_block(problem);
   const int64_t first_key = block_index * block;
   const int64_t count = minimum(block, problem.keys - first_key);
@@ -404,7 +226,7 @@ void run_typed(const RelevancyProduct& problem, const ActiveRows& rows, int64_t 
   }
 }
 
-void run(const RelevancyProduct& problem, const ActiveRows& rows, int64_t sample, int64_t head, int64_t block,
+void run(const RelevancyProduct& problem, const RowList& rows, int64_t sample, int64_t head, int64_t block,
          float* scratch, float* partial) {
   switch (problem.element) {
     case Element::kFloat32:
@@ -418,11 +240,6 @@ void run(const RelevancyProduct& problem, const ActiveRows& rows, int64_t sample
 
 }  // namespace
 
-#define FASTXAI_JOIN_(a, b) a##b
-#define FASTXAI_JOIN(a, b) FASTXAI_JOIN_(a, b)
-#define FASTXAI_TEXT_(a) #a
-#define FASTXAI_TEXT(a) FASTXAI_TEXT_(a)
-const RelevancyProductKernel FASTXAI_JOIN(relevancy_product_, FASTXAI_ISA) = {FASTXAI_TEXT(FASTXAI_ISA), key_block,
-                                                                              scratch_floats, run};
+const RelevancyProductKernel FASTXAI_NAME(relevancy_product) = {FASTXAI_ISA_NAME, key_block, scratch_floats, run};
 
 }  // namespace fastxai::cpu

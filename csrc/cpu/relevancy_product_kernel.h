@@ -5,14 +5,9 @@
 #include <cstdint>
 
 #include "../common/relevancy_product.h"
+#include "row_list.h"
 
 namespace fastxai::cpu {
-
-// Query rows of one sample that carry weight for at least one target and see at least one key.
-struct ActiveRows {
-  const int32_t* index;  // increasing
-  int64_t count;
-};
 
 struct RelevancyProductKernel {
   const char* name;
@@ -20,8 +15,9 @@ struct RelevancyProductKernel {
   int64_t (*key_block)(const RelevancyProduct& problem);
   // Floats of scratch space, 64-byte aligned, that one thread needs.
   size_t (*scratch_floats)(const RelevancyProduct& problem);
-  // Column sums of head `head` over the keys of block `block`, written to partial[target * keys + key].
-  void (*run)(const RelevancyProduct& problem, const ActiveRows& rows, int64_t sample, int64_t head, int64_t block,
+  // Column sums of head `head` over the keys of block `block`, written to partial[target * keys + key]. The rows are
+  // those that carry weight for at least one target and see at least one key.
+  void (*run)(const RelevancyProduct& problem, const RowList& rows, int64_t sample, int64_t head, int64_t block,
               float* scratch, float* partial);
 };
 

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from lvlm_fastxai.ops._dispatch import BACKENDS, backends, chosen_backend, operators, use_backend
+from lvlm_fastxai.ops.attention_backward_relevancy import attention_backward_relevancy
 from lvlm_fastxai.ops.key_ranges import key_ranges
 from lvlm_fastxai.ops.relevancy_product import relevancy_product
 
-__all__ = ["BACKENDS", "backends", "chosen_backend", "key_ranges", "operators", "relevancy_product", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "attention_backward_relevancy",
+    "backends",
+    "chosen_backend",
+    "key_ranges",
+    "operators",
+    "relevancy_product",
+    "use_backend",
+]

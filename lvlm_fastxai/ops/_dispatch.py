@@ -7,6 +7,7 @@ import contextvars
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class Backend:
     """
 
     supports: Callable[[Problem | None], str | None]
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
     volunteers: Callable[[Problem], bool] = lambda problem: True
 
 
@@ -138,7 +139,7 @@ def chosen_backend(operator: str, device: torch.device, dtype: torch.dtype, back
     return name
 
 
-def select(operator: str, query: Tensor, backend: str | None = None) -> Callable[..., Tensor]:
+def select(operator: str, query: Tensor, backend: str | None = None) -> Callable[..., Any]:
     """The implementation that is to serve a call, judged by its query tensor.
 
     Raises:
