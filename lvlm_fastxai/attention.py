@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import ops
 from .errors import UnsupportedModelError
 
 # Neither "flash" nor "sdpa" may occur in the name: transformers treats both specially.
@@ -38,7 +39,8 @@ class LayerTape:
 
     ``keys_only`` ends the layer with :class:`KeysTaken` as soon as its key and value, graph included, are on the tape.
     ``given`` makes the layer's queries, a few rows of the sequence, attend to these (key, value, key_ranges) instead of
-    their own.
+    their own. ``weights`` (B,1,Sq), the running relevancy of the query rows, make the next backward leave the
+    ``product`` (B,1,Sk) of `relevancy_product` too, on ``backend``.
     """
 
     calls: int = 0
@@ -51,10 +53,33 @@ class LayerTape:
     grad_output: Tensor | None = None
     keys_only: bool = False
     given: tuple[Tensor, Tensor, Tensor] | None = None
+    weights: Tensor | None = None
+    backend: str | None = None
+    product: Tensor | None = None
+
+    def weigh(self, weights: Tensor | None) -> None:
+        """Prepare for a backward: of these weights (B,1,Sq) take the product along the way, if that is faster."""
+        self.grad_output = self.product = self.weights = None
+        if weights is not None and self.query is not None:
+            # Here, since autograd runs a backward in another thread where no `use_backend` reaches.
+            self.backend = fused_backend(self.query.device, self.query.dtype)
+            if self.backend is not None:
+                self.weights = weights.to(self.query.device)
 
 
 class KeysTaken(Exception):
     """What ends a layer that was called for its keys and values alone."""
+
+
+# Largest time of `attention_backward_relevancy` over that of torch's flash backward followed by `relevancy_product`,
+# over the shapes of `python -m benchmarks backward`. A backend that is not here has not been measured.
+FUSED_RATIO = {"cpu": 0.57}
+
+
+def fused_backend(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The backend whose fused backward a layer should take; None if torch's own and `relevancy_product` are faster."""
+    name = ops.chosen_backend("attention_backward_relevancy", device, dtype)
+    return name if FUSED_RATIO.get(name, 1.0) < 1.0 else None
 
 
 # Which tape the attention of the layer now running writes to. A context variable, so that two threads that explain two
@@ -306,9 +331,17 @@ class FlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, output, logsumexp = ctx.saved_tensors
-        if ctx.tape is not None:
-            ctx.tape.grad_output = grad_output
-        library, plan = _library(query), ctx.plan
+        library, plan, tape = _library(query), ctx.plan, ctx.tape
+        if tape is not None:
+            tape.grad_output = grad_output
+            if tape.weights is not None:
+                *gradients, tape.product = ops.attention_backward_relevancy(
+                    *(query, key, value, output, grad_output[:, None], logsumexp, tape.weights),
+                    scale=ctx.scale,
+                    key_ranges=plan.key_ranges,
+                    backend=tape.backend,
+                )
+                return (*(gradient[:, 0] for gradient in gradients), None, None, None)  # type: ignore[return-value]
         parts = []
         for segment, call, extra in zip(
             plan.segments, _calls(plan, query, key, value, ctx.scale), ctx.extras, strict=True

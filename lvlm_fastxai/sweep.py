@@ -54,6 +54,8 @@ class LayerStep:
     grad_output (B,N,H,Sq,d): dO of each slot of targets (or what ``collect`` made of them) · selection: None for all
     rows. Where it is given, the query rows are ``selection.rows`` (B,N,n): each slot has rows of its own, so samples
     and slots share the first axis, B·N long, and the targets' axis has length one; ``collect`` makes one slot of all.
+    product (B,N,Sk), or (B·N,1,Sk) where there is a selection: what `relevancy_product` would give for the running
+    rows, where the backward gave it along the way; grad_output is empty then.
     """
 
     index: int
@@ -65,10 +67,12 @@ class LayerStep:
     scale: float
     grad_output: Tensor
     selection: Selection | None = None
+    product: Tensor | None = None
 
     def _release(self) -> None:
         # The caller's loop variable would keep these alive while the next layer is recomputed, at lean mode's peak.
         self.query = self.key = self.value = self.logsumexp = self.grad_output = torch.empty(0)
+        self.product = None
 
 
 @dataclass(slots=True)
@@ -224,7 +228,8 @@ class Sweep:
             keep: keep the activations for another descent (fast mode; the others recompute anyway).
             collect: makes one dO of all slots'; they are stacked by default. The slots then share their rows.
             row_tolerance: ε; one of ``tolerances``.
-            relevancy: gives the running rows (B, N or 1, S) as they are above the layer whose rows are selected next.
+            relevancy: gives the running rows (B, N, S), or (B, 1, S) with ``collect``, as they are above the next
+                layer: for the choice of its rows, and for a backward that gives the product along the way.
         """
         top = len(self._layers) - 1
         # gradients[n][l]: of slot n at the output of layer l. More than one entry is open only while a model feeds an
@@ -248,11 +253,14 @@ class Sweep:
                     self._pull(bridge, gradient, index - 1, gradients[number], keep=not last)
 
             incoming = [part.pop(index, None) for part in gradients]
-            selection = self._select(incoming, row_tolerance, relevancy, shared=collect is not None)
+            running = None if relevancy is None else relevancy()
+            selection = self._select(incoming, row_tolerance, running, shared=collect is not None)
+            # What the product is taken of is known before the backward, unless it is made of several slots' gradients.
+            weights = running if collect is None else None
             if selection is None:
-                step = self._whole(index, incoming, hand_on, keep, collect)
+                step = self._whole(index, incoming, hand_on, keep, collect, weights)
             else:
-                step = self._part(index, incoming, selection, hand_on, keep, collect)
+                step = self._part(index, incoming, selection, hand_on, keep, collect, weights)
             if not keep or not self._keep_graphs:
                 layer.graph, layer.tape = None, LayerTape()
             if not keep or self.memory != "fast":
@@ -263,24 +271,38 @@ class Sweep:
             step._release()
 
     def _whole(
-        self, index: int, incoming: list[Tensor | None], hand_on: HandOn, keep: bool, collect: Collect | None
+        self,
+        index: int,
+        incoming: list[Tensor | None],
+        hand_on: HandOn,
+        keep: bool,
+        collect: Collect | None,
+        weights: Tensor | None,
     ) -> LayerStep:
         """Backward of every slot through all rows of a layer."""
         layer = self._layers[index]
         leaf = self._recompute(layer) if layer.graph is None else layer.input
-        tape, collected = layer.tape, []
+        tape, collected, products = layer.tape, [], []
         for number in range(len(incoming)):
             last = not keep and number + 1 == len(incoming)
             gradient, incoming[number] = incoming[number], None
             if gradient is None:
                 gradient = torch.zeros_like(leaf)
-            tape.grad_output = None
+            tape.weigh(None if weights is None else weights[:, number, None])
             (gradient,) = torch.autograd.grad(layer.graph, leaf, gradient, retain_graph=not last)
-            collected.append(_grad_output([tape], index, leaf.shape[0])[:, 0])
+            grad_output = _grad_output([tape], index, leaf.shape[0])[:, 0]
+            if tape.product is None:
+                collected.append(grad_output)
+            else:
+                products.append(tape.product)
+            del grad_output
             hand_on(number, gradient, last=last)
             del gradient
         if index == 0:
             self.first_input = leaf.detach()
+        if products:
+            tape.product = torch.cat(products, dim=1)
+            return _step(index, tape, None, None)
         gathered = _stack(collected) if collect is None else collect(index, collected, None)
         return _step(index, tape, gathered, None)
 
@@ -292,10 +314,12 @@ class Sweep:
         hand_on: HandOn,
         keep: bool,
         collect: Collect | None,
+        weights: Tensor | None,
     ) -> LayerStep:
         """Backward of every slot through the selected rows of a layer, recomputed, and through all keys and values."""
-        layer, rows = self._layers[index], selection.rows
+        layer = self._layers[index]
         leaf = self._store.get(layer.input)
+        rows = selection.rows.to(leaf.device)  # the layer's output may be on another
         if layer.keys is None:
             layer.keys = self._take_keys(layer, leaf)
         key, value, key_ranges = layer.keys
@@ -314,10 +338,16 @@ class Sweep:
             seen = fold(key), fold(value)
             tape = LayerTape(given=(*seen, take_rows(key_ranges, chosen)))
             output = self._call(layer, tape, part, rows_of_call(layer.kwargs, chosen, leaf.shape[1]))
-            above = [torch.zeros_like(leaf) if full is None else full for full in incoming[first : first + group]]
+            if weights is not None:
+                of_group = weights[:, first : first + group].to(chosen.device).gather(2, chosen)
+                tape.weigh(of_group.flatten(0, 1)[:, None])
+            above = [
+                torch.zeros_like(leaf) if full is None else full.to(leaf.device)
+                for full in incoming[first : first + group]
+            ]
             incoming[first : first + group] = [None] * group
             gradient = torch.stack([take_rows(full, chosen[:, n, None]) for n, full in enumerate(above)], dim=1)
-            found = torch.autograd.grad(output, (part, *seen), gradient.flatten(0, 1))
+            found = torch.autograd.grad(output, (part, *seen), gradient.flatten(0, 1).to(output.device))
             del output, gradient, part, seen
             tape.given = None
             tapes.append(tape)
@@ -336,13 +366,15 @@ class Sweep:
         if index == 0:
             self.first_input = leaf.detach()
         grad_output = _grad_output(tapes, index, batch)
+        if tapes[0].product is not None:
+            return _step(index, _joined(tapes, batch), None, selection)
         if collect is None:
             return _step(index, _joined(tapes, batch), grad_output.flatten(0, 1)[:, None], selection)
         shared = _first_slot(tapes[0], batch)
         # What the joined gradient's rows weigh: each by the slot that it comes from.
         norms = collect(index, [norm[:, None, :, None] for norm in selection.norms.unbind(1)], None)
-        one = Selection(rows[:, :1], selection.counts.amax(1, keepdim=True), norms[:, :, 0, :, 0])
-        return _step(index, shared, collect(index, list(grad_output.unbind(1)), rows[:, 0]), one)
+        one = Selection(selection.rows[:, :1], selection.counts.amax(1, keepdim=True), norms[:, :, 0, :, 0])
+        return _step(index, shared, collect(index, list(grad_output.unbind(1)), selection.rows[:, 0]), one)
 
     def _reason_against_parts(self) -> str | None:
         """Why the layers cannot be called on a part of their rows. One that cannot speaks for all: a sweep that has
@@ -357,7 +389,7 @@ class Sweep:
         self,
         incoming: list[Tensor | None],
         tolerance: float,
-        relevancy: Callable[[], Tensor] | None,
+        running: Tensor | None,
         *,
         shared: bool,
     ) -> Selection | None:
@@ -371,7 +403,6 @@ class Sweep:
             else torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
             for gradient in incoming
         ]
-        running = None if relevancy is None else relevancy()
         selection = select_rows(torch.stack(norms, dim=1), tolerance, relevancy=running, shared=shared)
         selection = Selection(*map(self.ranks.agree, (selection.rows, selection.counts, selection.norms)))
         return selection if selection.rows.shape[-1] <= WHOLE_LAYER_SHARE * self._columns else None
@@ -510,7 +541,7 @@ def _joined(tapes: list[LayerTape], batch: int) -> LayerTape:
     """One tape (B·N, …) of several groups of slots, (B·g, …) each."""
     joined = tapes[0]
     if len(tapes) > 1:
-        for name in _TAPED:
+        for name in _TAPED if joined.product is None else (*_TAPED, "product"):
             parts = [getattr(tape, name).unflatten(0, (batch, -1)) for tape in tapes]
             setattr(joined, name, torch.cat(parts, dim=1).flatten(0, 1))
     return joined
@@ -523,7 +554,8 @@ def _first_slot(tape: LayerTape, batch: int) -> LayerTape:
     return tape
 
 
-def _step(index: int, tape: LayerTape, grad_output: Tensor, selection: Selection | None) -> LayerStep:
+def _step(index: int, tape: LayerTape, grad_output: Tensor | None, selection: Selection | None) -> LayerStep:
+    """With the tape's product where there is no dO."""
     return LayerStep(
         index,
         tape.query,  # type: ignore[arg-type]
@@ -532,8 +564,9 @@ def _step(index: int, tape: LayerTape, grad_output: Tensor, selection: Selection
         tape.logsumexp,  # type: ignore[arg-type]
         tape.key_ranges,  # type: ignore[arg-type]
         tape.scale,
-        grad_output,
+        torch.empty(0) if grad_output is None else grad_output,
         selection,
+        tape.product if grad_output is None else None,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cases import BACKENDS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,3 +43,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend with kernels that can be tested in this session."""
+    return str(request.param)

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from cases import DTYPES, LAYOUTS, Case, as_view, make_case, relative_error
 from test_build import compiler, run
-from test_relevancy_product import DTYPES, LAYOUTS, Case, as_view, make_case, relative_error
 from torch import Tensor
 
 NATIVE_SOURCES = Path(__file__).with_name("native")

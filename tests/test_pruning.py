@@ -649,7 +649,7 @@ def test_an_exception_in_the_middle_leaves_nothing_behind(
     before = fingerprint(model)
     layer = model.get_decoder().layers[1]
     owner, name = {
-        "product": (_base.ops, "relevancy_product"),
+        "product": (attention.ops, "attention_backward_relevancy"),
         "attention": (attention.FlashAttention, "backward"),
         "keys": (layer.self_attn.k_proj, "forward"),  # called in the forward, for all keys, and for the kept rows
         "rows": (layer.mlp, "forward"),  # called in the forward and for the kept rows

@@ -6,142 +6,36 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from cases import (
+    BACKENDS,
+    DTYPES,
+    INTERPRETED,
+    LAYOUTS,
+    LENGTHS,
+    Case,
+    as_view,
+    assert_same,
+    make_case,
+    native,
+    relative_error,
+)
 from torch import Tensor
 
 import lvlm_fastxai as fx
 from lvlm_fastxai import _native
 from lvlm_fastxai.errors import ArgumentError, BackendUnavailableError, NotDifferentiableError
 from lvlm_fastxai.ops import key_ranges
-from lvlm_fastxai.reference import relevancy_product as dense
 
-GPU_BACKENDS = ("cuda", "triton")
-native = pytest.mark.skipif(_native.load() is not None, reason=f"native library: {_native.load()}")
-# Triton decides when it is imported whether kernels run in its interpreter, so that they have a session of their own,
-# on the CPU; test_triton.py starts it. The interpreter computes bfloat16 wrongly, and a tile costs it milliseconds.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-if INTERPRETED:
-    BACKENDS: list[Any] = ["triton"]
-else:
-    BACKENDS = [
-        pytest.param("cpu", marks=native),
-        *(pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS),
-    ]
-DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16]
-LENGTHS = [1, 63, 257] if INTERPRETED else [1, 63, 257, 1000]
 OPERATORS = {
     "cpu": torch.ops.lvlm_fastxai.relevancy_product.default,
     "triton": torch.ops.lvlm_fastxai.relevancy_product_triton.default,
 }
 operator = OPERATORS["triton" if INTERPRETED else "cpu"]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend with kernels that can be tested in this session."""
-    return str(request.param)
-
-
-@dataclass
-class Case:
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    grad_output: Tensor
-    logsumexp: Tensor
-    row: Tensor
-    ranges: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.query, self.key, self.value, self.grad_output, self.logsumexp, self.row
-
-    def dense(self, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
-        """The twin on these inputs, converted to a dtype."""
-        state = torch.float64 if dtype == torch.float64 else torch.float32
-        moved = [t.to(dtype) for t in self.tensors[:4]] + [t.to(state) for t in self.tensors[4:]]
-        return dense(*moved, *self.ranges.unbind(-1), self.query.shape[-1] ** -0.5, **options)
-
-    def run(self, backend: str = "cpu", **options: Any) -> Tensor:
-        """The operator on these inputs, on the backend's device; the result is on the CPU."""
-        on_gpu = backend in GPU_BACKENDS and not INTERPRETED and torch.cuda.is_available()
-        device = "cuda" if on_gpu else "cpu"
-        moved = [t.to(device) for t in self.tensors]
-        return fx.ops.relevancy_product(*moved, key_ranges=self.ranges.to(device), backend=backend, **options).cpu()
-
-    def laid_out(self, change: Callable[[Tensor], Tensor]) -> Case:
-        """The same with the tensors of the attention, which come as views from a model, changed in layout."""
-        four = {name: change(getattr(self, name)) for name in ("query", "key", "value", "grad_output")}
-        assert not four["query"].is_contiguous()
-        return replace(self, **four)
-
-
-def as_view(tensor: Tensor) -> Tensor:
-    """(…, H, S, d) laid out as (…, S, H, d), which is how transformers passes it."""
-    return tensor.transpose(-3, -2).contiguous().transpose(-3, -2)
-
-
-def make_case(
-    batch: int = 1,
-    heads: int = 2 if INTERPRETED else 4,
-    key_heads: int = 1 if INTERPRETED else 2,
-    targets: int = 1,
-    queries: int = 63,
-    keys: int | None = None,
-    width: int = 64,
-    dtype: torch.dtype = torch.float32,
-    gradients: int | None = None,
-    seed: int = 0,
-    **layout: Any,
-) -> Case:
-    keys = queries if keys is None else keys
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    query, key, value = (
-        normal(batch, heads, queries, width),
-        normal(batch, key_heads, keys, width),
-        normal(batch, key_heads, keys, width),
-    )
-    ranges = layout.pop("ranges", None)
-    ranges = key_ranges(batch, queries, keys, **layout) if ranges is None else ranges
-    case = Case(
-        query,
-        key,
-        value,
-        normal(batch, targets if gradients is None else gradients, heads, queries, width),
-        torch.empty(0),
-        torch.rand(batch, targets, queries, generator=generator),
-        ranges,
-    )
-    return replace(case, logsumexp=logsumexp(case))
-
-
-def logsumexp(case: Case) -> Tensor:
-    group = case.query.shape[1] // case.key.shape[1]
-    scores = case.query.double() @ case.key.double().repeat_interleave(group, 1).mT * case.query.shape[-1] ** -0.5
-    position = torch.arange(case.key.shape[2])
-    visible = (position >= case.ranges[..., :1]) & (position < case.ranges[..., 1:])
-    return scores.masked_fill(~visible[:, None], -torch.inf).logsumexp(-1).float()
-
-
-def relative_error(result: Tensor, truth: Tensor) -> float:
-    return ((result.double() - truth).abs().sum() / truth.abs().sum()).item()
-
-
-def assert_same(result: Tensor, expected: Tensor, backend: str) -> None:
-    """The same numbers summed in the same order; a GPU's tiles differ with the number of targets and with the rows."""
-    if backend == "cpu":
-        assert torch.equal(result, expected)
-    else:
-        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
 
 
 def assert_accurate(case: Case, backend: str = "cpu") -> None:
@@ -154,18 +48,6 @@ def assert_accurate(case: Case, backend: str = "cpu") -> None:
     else:
         eager = case.dense(case.query.dtype, compute_dtype=case.query.dtype)
         assert relative_error(result, truth) <= 2 * relative_error(eager, truth)
-
-
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "causal": {},
-    "bidirectional": {"causal": False},
-    "window": {"window": 17},
-    "window_of_one": {"window": 1},
-    "window_bidirectional": {"causal": False, "window": 40},
-    "right_padding": {"lengths": torch.tensor([101, 64])},
-    "left_padding": {"lengths": torch.tensor([[29, 130], [0, 130]])},
-    "window_and_padding": {"window": 30, "lengths": torch.tensor([[29, 130], [0, 130]])},
-}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())

@@ -92,7 +92,7 @@ def test_the_model_comes_back_as_it_was(used: tuple[nn.Module, dict[str, Any]], 
 
 
 @pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("where", ["vision", "layer", "head", "descent", "attention"])
+@pytest.mark.parametrize("where", ["vision", "layer", "head", "descent", "product", "attention"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, Stop])
 def test_an_exception_anywhere_leaves_nothing_behind(
     used: tuple[nn.Module, dict[str, Any]],
@@ -112,7 +112,9 @@ def test_an_exception_anywhere_leaves_nothing_behind(
     if where == "vision":
         monkeypatch.setattr(type(model.model.vision_tower), "forward", fail)
     elif where == "descent":
-        monkeypatch.setattr(_base.ops, "relevancy_product", fail)
+        monkeypatch.setattr(_base, "advance", fail)
+    elif where == "product":
+        monkeypatch.setattr(attention.ops, "attention_backward_relevancy", fail)
     elif where == "attention":
         monkeypatch.setattr(attention.FlashAttention, "backward", staticmethod(fail))
     else:

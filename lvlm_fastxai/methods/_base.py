@@ -111,11 +111,18 @@ def row_dtype(sweep: Sweep) -> torch.dtype:
 def advance(row: Tensor, step: LayerStep, ledger: Ledger, ranks: Ranks) -> Tensor:
     """row + row @ mean_h max(0, dP_h ∘ P_h): the running rows (B, N, S) one layer further down."""
     row = row.to(step.query.device)
+    product = _product(row, step) if step.product is None else step.product
+    product = ranks.mean(product.view_as(row))
+    ledger.enter(step.selection, row, product)
+    return row + product
+
+
+def _product(row: Tensor, step: LayerStep) -> Tensor:
     weights = row
     if step.selection is not None:
         rows = step.selection.rows
         weights = row.gather(2, rows.expand(-1, row.shape[1], -1)).reshape(step.query.shape[0], -1, rows.shape[-1])
-    product = ops.relevancy_product(
+    return ops.relevancy_product(
         step.query,
         step.key,
         step.value,
@@ -125,9 +132,6 @@ def advance(row: Tensor, step: LayerStep, ledger: Ledger, ranks: Ranks) -> Tenso
         scale=step.scale,
         key_ranges=step.key_ranges,
     )
-    product = ranks.mean(product.view_as(row))
-    ledger.enter(step.selection, row, product)
-    return row + product
 
 
 def slots_at_once(sweep: Sweep, targets: Targets) -> int:
