@@ -102,6 +102,7 @@ def _shares(values: Tensor) -> Tensor:
 
 def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     """(B, S, …) and rows (B, N, n) to (B·N, n, …)."""
+    rows = rows.to(tensor.device)  # a layer's input may be on another device than its output
     sample = torch.arange(len(rows), device=rows.device)[:, None, None]
     return tensor[sample, rows].flatten(0, 1)
 
@@ -120,7 +121,7 @@ def rows_of_call(kwargs: Mapping[str, Any], rows: Tensor, columns: int) -> dict[
             return value
         axis = value.dim() - 1 - trailing
         if axis == 0:  # (S,): the same for all samples
-            return value[rows.flatten(0, 1)]
+            return value[rows.flatten(0, 1).to(value.device)]
         lead = value.movedim((axis - 1, axis), (0, 1))  # (B or 1, S, …)
         if lead.shape[0] == 1:
             lead = lead.expand(rows.shape[0], *lead.shape[1:])
@@ -175,7 +176,7 @@ class Ledger:
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
         self._dropped: list[Tensor] = []
-        self._missing: Tensor | float = 0.0
+        self._missing: Tensor | float = 0.0  # on the host: the row moves with a model that is spread over devices
 
     def enter(self, selection: Selection | None, row: Tensor, product: Tensor) -> None:
         """One layer: what it kept, the (B, N, S) rows before it and what it added to them.
@@ -194,14 +195,14 @@ class Ledger:
         self._dropped.append(share.expand(row.shape[:2]).cpu())
         lost, all_of_it = (row * left).sum(-1), (row * norms).sum(-1)
         kept = all_of_it - lost
-        self._missing = self._missing + torch.where(kept > 0, product.sum(-1) * lost / kept, 0.0)
+        self._missing = self._missing + torch.where(kept > 0, product.sum(-1) * lost / kept, 0.0).cpu()
 
     def close(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, L) rows kept, (B, N, L) share dropped, (B, N) estimated error, for the finished (B, N, S) rows."""
-        added = row.sum(-1) - 1
+        added = row.sum(-1).cpu() - 1
         missing = self._missing / added.clamp(min=torch.finfo(row.dtype).tiny)
         dropped = torch.stack(self._dropped[::-1], -1)
-        return torch.stack(self._kept[::-1], -1), dropped, estimated_error(missing.float().cpu(), dropped.mean(-1))
+        return torch.stack(self._kept[::-1], -1), dropped, estimated_error(missing.float(), dropped.mean(-1))
 
 
 def estimated_error(missing: Tensor, dropped: Tensor) -> Tensor:

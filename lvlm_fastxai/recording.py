@@ -84,11 +84,11 @@ class Recorder:
         output = torch.cat(self._outputs, dim=1)
         for of_layer in kwargs:
             ranges = of_layer.get("attention_mask")
-            columns = torch.arange(1, output.shape[1] + 1, device=output.device)
-            if not isinstance(ranges, Tensor) or ranges.dtype != torch.int32 or ranges.shape[2:] != (len(columns), 2):
+            columns, steps = output.shape[1], self._outputs[0].shape[1]
+            if not isinstance(ranges, Tensor) or ranges.dtype != torch.int32 or ranges.shape[2:] != (columns, 2):
                 return None, "its layers were not given the key ranges of every row"
-            steps = self._outputs[0].shape[1]
-            if bool((ranges[0, 0, steps:, 1] != columns[steps:]).any()):
+            causal = torch.arange(steps + 1, columns + 1, device=ranges.device)
+            if bool((ranges[0, 0, steps:, 1] != causal).any()):
                 return None, "its cache dropped keys that a window hides, so the key ranges count from elsewhere"
         return Recording(inputs, kwargs, output, self._norms[0]), None
 
