@@ -32,6 +32,11 @@ DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torc
 LENGTHS = [1, 63, 257] if INTERPRETED else [1, 63, 257, 1000]
 
 
+def device_of(backend: str) -> str:
+    """Where a backend's tensors live."""
+    return "cuda" if backend in GPU_BACKENDS and not INTERPRETED and torch.cuda.is_available() else "cpu"
+
+
 @dataclass
 class Case:
     query: Tensor
@@ -54,8 +59,7 @@ class Case:
 
     def run(self, backend: str = "cpu", **options: Any) -> Tensor:
         """The operator on these inputs, on the backend's device; the result is on the CPU."""
-        on_gpu = backend in GPU_BACKENDS and not INTERPRETED and torch.cuda.is_available()
-        device = "cuda" if on_gpu else "cpu"
+        device = device_of(backend)
         moved = [t.to(device) for t in self.tensors]
         return fx.ops.relevancy_product(*moved, key_ranges=self.ranges.to(device), backend=backend, **options).cpu()
 

@@ -13,7 +13,7 @@ namespace {
 // rows of grad_query.
 int64_t share_count(const AttentionBackwardRelevancy& problem, int64_t key_block) {
   constexpr int64_t kTasksPerThread = 3, kMost = 8;
-  const int64_t key_heads = problem.batch * problem.targets * problem.key_heads;
+  const int64_t key_heads = std::max<int64_t>(1, problem.batch * problem.targets * problem.key_heads);
   const int64_t wanted = (kTasksPerThread * torch::stable::get_num_threads() + key_heads - 1) / key_heads;
   const int64_t blocks = (problem.keys + key_block - 1) / key_block;
   return std::max<int64_t>(1, std::min({wanted, kMost, blocks}));
