@@ -31,6 +31,7 @@ from .picture import load_picture, one_line
 from .pruning import tolerances
 from .recording import Recorder, logits_agree, saves_a_forward
 from .relevancy import RelevancyRows, check_row_tolerance, explain_rows
+from .sharding import find_ranks
 from .sweep import MEMORY_MODES, Recording
 
 __all__ = ["Estimate", "Explainer"]
@@ -46,7 +47,8 @@ SUFFIX_TYPE_FAMILIES = ("paligemma",)
 class Explainer:
     """Answers questions about pictures and says what each word of the answer rests on.
 
-    The model is left exactly as it was found; it may be on any device and of any dtype.
+    The model is left exactly as it was found; it may be on any device or several, and of any dtype. Where its heads
+    are split over the ranks of a ``torch.distributed`` group, every rank makes the same calls and gets the same.
 
     Args:
         model: a transformers image-text-to-text model with a decoder-only language model.
@@ -334,7 +336,9 @@ class Explainer:
         result = explain(read, targets, recording=recording)
         token_ids = torch.tensor([token for _, _, token in targets])
         own = chosen_by[steps].gather(1, token_ids[:, None])[:, 0]
-        if not logits_agree(result.logits, own, chosen_by[steps].abs().max(), self.model.dtype):
+        agree = logits_agree(result.logits, own, chosen_by[steps].abs().max(), self.model.dtype)
+        ranks = find_ranks(self.model, self.model.config.get_text_config())
+        if not bool(ranks.agree(torch.tensor([agree]))):
             return explain(accepted, targets)
         rows = nn.functional.pad(result.rows, (0, columns - recording.columns))
         return replace(result, rows=rows)

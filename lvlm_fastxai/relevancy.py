@@ -44,7 +44,9 @@ def relevancy_rows(
     model: the row R[q*, :] of R = (I + Ā_L) … (I + Ā_1) with Ā_l = mean_h max(0, dP_l[h] ∘ P_l[h]).
 
     Args:
-        model: a transformers image-text-to-text or causal-LM model, any device or dtype; left as it was found.
+        model: a transformers image-text-to-text or causal-LM model, any device or dtype; left as it was found. Where
+            its heads are split over the ranks of a ``torch.distributed`` group, every rank makes the same call and
+            gets all rows.
         inputs: keyword arguments of ``model.forward`` for B samples, prompt and answer already joined.
         targets: (N, 3) integers or a sequence of (sample, query_row, token_id). The query row is the one whose logits
             produced the token: a token at column p has query row p − 1. The explained scalar is the raw logit.

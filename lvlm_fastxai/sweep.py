@@ -653,19 +653,25 @@ def prepared(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
     config: Any = decoder.config
     implementation = config._attn_implementation_internal
     training = [module for module in model.modules() if module.training]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # By name: accelerate puts other parameters in the place of offloaded ones whenever their module runs.
+    trainable = [
+        (module, name)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    ]
     try:
         for module in training:
             module.training = False
-        for parameter in trainable:
-            parameter.requires_grad_(False)
+        for module, name in trainable:
+            module.get_parameter(name).requires_grad_(False)
         # The decoder's own configuration, not set_attn_implementation: that walks every sub-model and would also reset
         # implementations that a user has set by hand.
         config._attn_implementation_internal = attention.NAME
         yield
     finally:
         config._attn_implementation_internal = implementation
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for module, name in trainable:
+            module.get_parameter(name).requires_grad_(True)
         for module in training:
             module.training = True
