@@ -29,7 +29,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 .DEFAULT_GOAL := help
 # Two pips in one environment get in each other's way.
 .NOTPARALLEL:
-.PHONY: help demo test test-floor lint cuda triton wheel evaluate benchmark train-tiny clean
+.PHONY: help demo test test-floor lint cuda triton wheel evaluate benchmark gpu train-tiny clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -106,8 +106,13 @@ benchmark: | $(DEV) $(PACKAGE)  ## time the operators and whole explanations
 	$(BIN)/python -m benchmarks op
 	$(BIN)/python -m benchmarks end-to-end
 
+# With the machine's own Python (an environment that was made here comes first on PATH): on a machine that is lent for
+# half an hour nothing is installed.
+gpu:  ## on a machine with a GPU, offline: build in place, test, sanitize, benchmark, in nine minutes (elsewhere a rehearsal)
+	$(PYTHON) -m benchmarks gpu $(GPU_ARGUMENTS)
+
 train-tiny: | $(DEV) $(PACKAGE)  ## train the shipped model from its seed (hours on two cores)
 	$(BIN)/python -m lvlm_fastxai.tiny.train
 
 clean:  ## remove what was built and the environment; training state stays
-	rm -rf $(VENV) .cache/floor-* build dist out *.egg-info lvlm_fastxai/*.so
+	rm -rf $(VENV) .cache/floor-* build dist out *.egg-info lvlm_fastxai/*.so lvlm_fastxai/triton_kernels

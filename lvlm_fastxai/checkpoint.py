@@ -8,6 +8,7 @@ from typing import Any
 from .errors import ArgumentError, FastXAIError
 from .picture import one_line
 from .tiny import WEIGHTS, load_tiny_lvlm
+from .weights import load_weights
 
 
 def load_checkpoint(folder: Path | None, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any, Path]:
@@ -57,22 +58,3 @@ def load_checkpoint(folder: Path | None, device: str = "cpu", dtype: str = "auto
     except Exception as error:
         raise ArgumentError(f"--model: cannot load '{source}': {one_line(error)}") from error
     return model.eval().to(target), processor, source
-
-
-def load_weights(model_class: Any, folder: Path, dtype: Any) -> Any:
-    """The model in ``folder`` by ``model_class.from_pretrained``, which only warns of weights drawn at random.
-
-    Raises:
-        ArgumentError: weights of the model are not in the checkpoint; the message names one.
-    """
-    import transformers
-
-    model, found = model_class.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise ArgumentError(
-            f"'{folder}' lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}, and would be "
-            f"explained with random ones; it was saved by transformers {model.config.transformers_version or 'unknown'}"
-            f", and {transformers.__version__} reads it"
-        )
-    return model

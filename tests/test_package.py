@@ -22,7 +22,9 @@ PACKAGE = ROOT / "lvlm_fastxai"
 
 # Floors of the house, lowest first: a room may import from floors below its own and from itself.
 FLOORS = (
-    ("errors", "_native", "tiny"),
+    ("errors", "_native"),
+    ("weights",),
+    ("tiny",),
     ("reference", "triton_kernels", "families", "picture"),
     ("checkpoint",),
     ("ops",),

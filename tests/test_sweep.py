@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import native
 from models import answer_targets, build
 from torch import Tensor, nn
 
@@ -395,3 +396,31 @@ def test_plans_use_few_calls() -> None:
     assert calls("right padding") == 2
     assert calls("window") <= 2 + rows // attention.ROW_BLOCK
     assert calls("prefix") <= 2 + rows // attention.ROW_BLOCK
+
+
+@native
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("row_tolerance", [0.0, 0.1])
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_both_backwards_give_the_same_rows(
+    family: str, row_tolerance: float, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fused backward, and torch's own followed by the product, of several targets and samples."""
+    model, inputs = build(family, torch.float32, batch=2, padding="left")
+    targets = [*answer_targets(inputs, 0), *answer_targets(inputs, 1)]
+    called = []
+    fused = attention.ops.attention_backward_relevancy
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        called.append(kwargs["backend"])
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(attention.ops, "attention_backward_relevancy", count)
+    monkeypatch.setattr(attention, "FUSED_RATIO", {"cpu": 0.5})
+    found = fx.relevancy_rows(model, inputs, targets, memory=memory, row_tolerance=row_tolerance)
+    assert set(called) == {"cpu"}
+    called.clear()
+    monkeypatch.setattr(attention, "FUSED_RATIO", {})
+    expected = fx.relevancy_rows(model, inputs, targets, memory=memory, row_tolerance=row_tolerance)
+    assert called == []
+    assert (found - expected).abs().sum() <= 1e-5 * expected.abs().sum()
