@@ -23,6 +23,7 @@ from typing import Any
 from . import machine
 
 MATRIX = 3072  # side of the square product that stands for the machine's rate
+ROW_BLOCK = 4096  # rows whose scores the set-up holds at once
 
 
 @dataclass(frozen=True)
@@ -56,31 +57,35 @@ CASES = {
 DEFAULT = ("llava-1.5-7b-1536", "llava-1.5-7b-1536-bf16", "llava-1.5-7b-704")
 
 
-def build(case: Case) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def build(case: Case, device: str = "cpu") -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of the call; views of (B, S, H, d) tensors, as transformers passes them."""
     import torch
 
     from lvlm_fastxai import ops
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     rows = case.keys if case.rows is None else case.rows
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(getattr(torch, case.dtype)).transpose(-3, -2)
+        drawn = torch.randn(*shape, generator=generator, device=device)
+        return drawn.to(getattr(torch, case.dtype)).transpose(-3, -2)
 
     query = normal(1, rows, case.heads, case.width)
     key = normal(1, case.keys, case.key_heads, case.width)
     value = normal(1, case.keys, case.key_heads, case.width)
     grad_output = normal(1, case.targets, rows, case.heads, case.width)
-    weight = torch.rand(1, case.targets, rows, generator=generator)
-    positions = torch.linspace(0, case.keys - 1, rows).int()[None]
+    weight = torch.rand(1, case.targets, rows, generator=generator, device=device)
+    positions = torch.linspace(0, case.keys - 1, rows, device=device).round().int()[None]
     ranges = ops.key_ranges(1, rows, case.keys, causal=case.causal, query_positions=positions)
-    logsumexp = torch.empty(1, case.heads, rows)
-    visible = torch.arange(case.keys) < ranges[0, :, 1:]
+    logsumexp = torch.empty(1, case.heads, rows, device=device)
+    columns = torch.arange(case.keys, device=device)
     for head in range(case.heads):
         group = head // (case.heads // case.key_heads)
-        scores = query[0, head].float() @ key[0, group].float().T * case.width**-0.5
-        logsumexp[0, head] = scores.masked_fill(~visible, -torch.inf).logsumexp(-1)
+        for top in range(0, rows, ROW_BLOCK):
+            part = slice(top, top + ROW_BLOCK)
+            scores = query[0, head, part].float() @ key[0, group].float().T * case.width**-0.5
+            hidden = columns >= ranges[0, part, 1:]
+            logsumexp[0, head, part] = scores.masked_fill_(hidden, -torch.inf).logsumexp(-1)
     return (query, key, value, grad_output, logsumexp, weight), {"key_ranges": ranges}
 
 

@@ -1,0 +1,196 @@
+"""Launches the kernels of every operator once: what a smoke test, compute-sanitizer and ncu are pointed at.
+
+    python -m benchmarks gpu-launch                             small shapes, compared with the twin in float64
+    python -m benchmarks gpu-launch --profile llava-1.5-7b-8192-1 --operator relevancy_product --backend cuda
+
+Inputs and the truth are made on the CPU, so next to the operators' own kernels only copies run on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from . import gpu_op, machine, op
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A small shape, in what differs between kernels: dtype, head width, groups, targets, few rows, window."""
+
+    case: op.Case
+    window: int | None = None
+
+
+LAUNCHES = {
+    # More keys than one tile has, and not a multiple of it.
+    "bfloat16, width 128": Launch(op.Case(2, 2, 150, 128, "bfloat16")),
+    "bfloat16, width 64, grouped, 2 targets": Launch(op.Case(3, 1, 150, 64, "bfloat16", targets=2)),
+    "float16, width 80, window": Launch(op.Case(2, 1, 150, 80, "float16"), window=40),
+    "float32, width 64": Launch(op.Case(2, 2, 97, 64)),
+    "bfloat16, width 128, 9 of 150 rows": Launch(op.Case(2, 2, 150, 128, "bfloat16", rows=9)),
+}
+
+
+def arguments_of(operator: str, launch: Launch) -> tuple[tuple[Any, ...], Any]:
+    """The operator's arguments on the CPU, and key ranges.
+
+    Raises:
+        NotImplementedError: this module does not know what the operator takes.
+    """
+    from lvlm_fastxai import ops
+
+    arguments, options = op.build(launch.case)
+    ranges = options["key_ranges"]
+    if launch.window is not None:
+        ranges = ops.key_ranges(1, launch.case.keys, launch.case.keys, window=launch.window)
+    query, key, value, grad_output, logsumexp, row = arguments
+    logsumexp, output = attention(query, key, value, ranges)
+    if operator == "relevancy_product":
+        return (query, key, value, grad_output, logsumexp, row), ranges
+    if operator == "attention_backward_relevancy":
+        return (query, key, value, output, grad_output, logsumexp, row), ranges
+    raise NotImplementedError(f"{operator}: say in benchmarks/gpu_launch.py what it takes")
+
+
+def attention(query: Any, key: Any, value: Any, ranges: Any) -> tuple[Any, Any]:
+    """logsumexp (1, H, Sq) and output (1, H, Sq, d) in the dtype of `query`, computed in float32."""
+    import torch
+
+    group = query.shape[1] // key.shape[1]
+    keys, values = (tensor.float().repeat_interleave(group, 1) for tensor in (key, value))
+    position = torch.arange(key.shape[2])
+    visible = (position >= ranges[..., :1]) & (position < ranges[..., 1:])
+    scores = (query.float() @ keys.mT * query.shape[-1] ** -0.5).masked_fill(~visible[:, None], -math.inf)
+    logsumexp = scores.logsumexp(-1)
+    return logsumexp, ((scores - logsumexp[..., None]).exp() @ values).to(query.dtype)
+
+
+def compare(operator: str, backend: str, launch: Launch, device: str) -> dict[str, float]:
+    """Relative L1 error of every result against the twin in float64, and what is allowed: the operator's test rule.
+
+    float32 within 1e-6; 16-bit within twice the error of eager PyTorch in that dtype. The result that is nearest to
+    its limit, or over it, stands for all.
+    """
+    import torch
+
+    from lvlm_fastxai import ops
+
+    arguments, ranges = arguments_of(operator, launch)
+    dense = getattr(importlib.import_module("lvlm_fastxai.reference"), operator)
+    scale = launch.case.width**-0.5
+    truth = as_tuple(dense(*(tensor.double() for tensor in arguments), *ranges.unbind(-1), scale))
+    eager = as_tuple(dense(*arguments, *ranges.unbind(-1), scale, compute_dtype=arguments[0].dtype))
+    moved = [tensor.to(device) for tensor in arguments]
+    found = getattr(ops, operator)(*moved, key_ranges=ranges.to(device), backend=backend)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    figures = []
+    for result, expected, rounded in zip(as_tuple(found), truth, eager, strict=True):
+        is_float32 = arguments[0].dtype == torch.float32
+        allowed = 1e-6 if is_float32 else 2 * relative_error(rounded, expected)
+        figures.append({"error": relative_error(result.cpu(), expected), "allowed": allowed})
+    # NaN, which is in no order with any number, comes first.
+    return max(figures, key=lambda each: (math.isnan(each["error"]), each["error"] / each["allowed"]))
+
+
+def as_tuple(results: Any) -> tuple[Any, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def relative_error(result: Any, truth: Any) -> float:
+    return ((result.double() - truth).abs().sum() / truth.abs().sum()).item()
+
+
+def usable(operator: str, device: str) -> list[str]:
+    """Backends with kernels that serve tensors on the device."""
+    import torch
+
+    from lvlm_fastxai import ops
+    from lvlm_fastxai.errors import BackendUnavailableError
+
+    found = []
+    for backend in ops.backends(operator):
+        try:
+            ops.chosen_backend(operator, torch.device(device), torch.bfloat16, backend)
+        except BackendUnavailableError as error:
+            print(error)
+            continue
+        if backend != "reference":
+            found.append(backend)
+    return found
+
+
+def launch_all(device: str) -> tuple[dict[str, Any], bool]:
+    """Operator, backend, launch → error and what is allowed; whether all are within it."""
+    from lvlm_fastxai import ops
+
+    results: dict[str, Any] = {}
+    good = True
+    for operator in ops.operators():
+        results[operator] = {}
+        for backend in usable(operator, device):
+            results[operator][backend] = found = {}
+            for name, launch in LAUNCHES.items():
+                try:
+                    found[name] = compare(operator, backend, launch, device)
+                    right = found[name]["error"] <= found[name]["allowed"]
+                    verdict = f"{found[name]['error']:.2e} {'ok' if right else 'WRONG'}"
+                except Exception as error:  # of one backend's compiler, say; the others have their turn
+                    found[name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
+                    right, verdict = False, f"FAILED {found[name]['failed']}"
+                good = good and right
+                print(f"{operator} {backend} {name}: {verdict}", flush=True)
+    return results, good
+
+
+def profile(operator: str, backend: str, name: str, device: str, rehearse: bool) -> None:
+    """One call after another that compiles, between the marks that a profiler looks for."""
+    import torch
+
+    arguments, options = op.build(gpu_op.cases(rehearse)[name], device)
+    if operator == "attention_backward_relevancy":
+        query, key, value, grad_output, logsumexp, row = arguments
+        output, _ = gpu_op.flash_backward(query, key, value, grad_output, options["key_ranges"])
+        arguments = (query, key, value, output, grad_output, logsumexp, row)
+    call = gpu_op.backends_of(operator, arguments, options)[backend]
+    if isinstance(call, str):
+        raise RuntimeError(call)
+    marks: tuple[Callable[[], Any], Callable[[], Any]] = (lambda: None, lambda: None)
+    if device == "cuda":
+        marks = torch.cuda.profiler.start, torch.cuda.profiler.stop
+    call()
+    machine.seconds(partial(between, call, marks), device)
+
+
+def between(call: Callable[[], Any], marks: tuple[Callable[[], Any], Callable[[], Any]]) -> None:
+    marks[0]()
+    call()
+    marks[1]()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes, with --profile")
+    parser.add_argument("--profile", metavar="CASE", help="a case of gpu-op instead of the small shapes")
+    parser.add_argument("--operator", default="relevancy_product")
+    parser.add_argument("--backend", default="cuda")
+    parser.add_argument("--out", type=Path, help="results file (JSON)")
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.profile:
+        profile(args.operator, args.backend, args.profile, args.device, args.rehearse)
+        return 0
+    results, good = launch_all(args.device)
+    if not any(results.values()):
+        print(f"no operator has kernels for {args.device}")
+    if args.out:
+        machine.write_results(args.out, machine.describe(), results)
+    return 0 if good and any(results.values()) else 1

@@ -1,0 +1,276 @@
+"""The operators on a GPU, against their dense twins, torch's own flash backward, and two limits measured beside them.
+
+A case is a shape of a real model. Everything in it runs in one process, one after the other: a large 16-bit matrix
+product (the limit of arithmetic, taken anew for each case, since a GPU's clock moves), every usable backend of
+`relevancy_product`, the dense twin, torch's flash backward as the sweep calls it, once per target, and every usable
+backend of `attention_backward_relevancy`. Times are medians on the device, with a cold L2 (`machine.median_seconds`).
+The limit of memory, a copy on the device, is taken once.
+
+Operations are counted as the mask needs them, for each visible entry of each head: relevancy_product 2·d for the score
+and 2·d for each target's gradient, so 4·S²·d·H/2 for one target and a causal square; the fused backward 2·d for the
+score and 8·d for each target's dP, dV, dQ and dK.
+
+``ratio`` is fused backward / (library's backward + relevancy_product), each by its fastest backend; the largest of one
+backend's ``ratios`` over the cases of one target, which is what a sweep calls, is its entry in
+`lvlm_fastxai.attention.FUSED_RATIO`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from . import machine, op
+
+MODELS = {
+    # query heads, key heads, head width
+    "llava-1.5-7b": (32, 32, 128),
+    "qwen2.5-vl-7b": (28, 4, 128),
+    "smollm2-135m": (9, 3, 64),
+}
+# The shapes of the acceptance lines first: when time runs out, what is left out is at the end.
+LENGTHS = (8192, 2400, 620, 32768)
+TARGETS = (1, 4, 16)
+# Of the rows, what a pruned sweep keeps of real weights (docs/pruned-sweep.md: 1 to 6 %).
+KEPT = 0.05
+MATRIX = 8192
+COPIED_BYTES = 2**30
+
+# The same for a rehearsal, on a machine without a GPU.
+REHEARSED_MODELS = {"llava-1.5-7b": (2, 2, 16), "qwen2.5-vl-7b": (4, 2, 16), "smollm2-135m": (3, 1, 8)}
+REHEARSED_LENGTHS = (48,)
+REHEARSED_TARGETS = (1, 2)
+
+
+def cases(rehearse: bool) -> dict[str, op.Case]:
+    """All cases by name, the most wanted first."""
+    models, lengths, counts = MODELS, LENGTHS, TARGETS
+    if rehearse:
+        models, lengths, counts = REHEARSED_MODELS, REHEARSED_LENGTHS, REHEARSED_TARGETS
+    found = {}
+    for targets in counts:
+        for keys in lengths:
+            for model, (heads, key_heads, width) in models.items():
+                case = op.Case(heads, key_heads, keys, width, dtype="bfloat16", targets=targets)
+                found[f"{model}-{keys}-{targets}"] = case
+                if targets == 1:
+                    found[f"{model}-{keys}-pruned"] = replace(case, rows=max(1, round(KEPT * keys)))
+    return found
+
+
+def measure(case: op.Case, device: str, side: int) -> dict[str, Any]:
+    """All figures of a case: seconds and rates, ``machine.OUT_OF_MEMORY``, or the reason why there is none."""
+    rate = matrix_product_rate(device, side)
+    arguments, options = op.build(case, device)
+    query, key, value, grad_output, logsumexp, row = arguments
+    operations = op.operations(case, options["key_ranges"])
+    figures: dict[str, Any] = {"matrix_product_tflops": rate / 1e12, "operations": operations}
+
+    product = backends_of("relevancy_product", arguments, options)
+    figures["relevancy_product"] = timed(product, operations, rate, device)
+    if "attention_backward_relevancy" not in _operators():
+        return figures
+
+    # What the sweep runs: the flash attention of the forward, whose backward is called once for each target.
+    output, library = flash_backward(query, key, value, grad_output, options["key_ranges"])
+    arguments = (query, key, value, output, grad_output, logsumexp, row)
+    fused_operations = operations / (1 + case.targets) * (1 + 4 * case.targets)
+    figures["library_backward"] = timed({"library": library}, 0.0, rate, device)
+    del library
+    fused = backends_of("attention_backward_relevancy", arguments, options)
+    figures["attention_backward_relevancy"] = timed(fused, fused_operations, rate, device)
+    figures["ratios"] = ratios(figures)
+    figures["ratio"] = min(figures["ratios"].values(), default=None)
+    return figures
+
+
+def _operators() -> tuple[str, ...]:
+    from lvlm_fastxai import ops
+
+    return ops.operators()
+
+
+def matrix_product_rate(device: str, side: int) -> float:
+    """Operations per second of a square bf16 matrix product (float32 in a rehearsal, where bf16 is emulated)."""
+    import torch
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    square = torch.randn(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / machine.median_seconds(lambda: torch.mm(square, square), device, budget=0.1)
+
+
+def copy_rate(device: str, size: int) -> float:
+    """Bytes per second of a copy on the device, read and written ones counted."""
+    import torch
+
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * size / machine.median_seconds(lambda: target.copy_(source), device)
+
+
+def backends_of(
+    operator: str, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> dict[str, Callable[[], Any] | str]:
+    """Backend → the call, or the reason why it cannot serve it. The twin comes last: it takes the most memory."""
+    from lvlm_fastxai import ops
+    from lvlm_fastxai.errors import BackendUnavailableError
+
+    calls: dict[str, Callable[[], Any] | str] = {}
+    for backend in ops.backends(operator):
+        try:
+            ops.chosen_backend(operator, arguments[0].device, arguments[0].dtype, backend)
+            calls[backend] = partial(getattr(ops, operator), *arguments, **options, backend=backend)
+        except BackendUnavailableError as error:
+            calls[backend] = str(error)
+    calls["reference"] = calls.pop("reference")
+    return calls
+
+
+def timed(
+    calls: dict[str, Callable[[], Any] | str], operations: float, matrix_rate: float, device: str
+) -> dict[str, Any]:
+    """Seconds of each call and, where operations are given, its rate, also as a share of the matrix product's.
+
+    ``difference``: of the product (the last of an operator's results) from the first backend's, relative L1.
+    """
+    found: dict[str, Any] = {}
+    first = None
+    for name, call in calls.items():
+        if isinstance(call, str):
+            found[name] = {"unavailable": call}
+            continue
+        try:
+            taken = machine.attempt(partial(time_and_result, call, device), device)
+        except Exception as error:
+            if "CUDA error" in str(error):  # the process has lost its device
+                raise
+            found[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+            continue
+        if isinstance(taken, str):
+            found[name] = {"seconds": taken}
+            continue
+        seconds, product = taken
+        found[name] = {"seconds": seconds}
+        if operations:
+            first = product if first is None else first
+            found[name] |= {
+                "tflops": operations / seconds / 1e12,
+                "share_of_matrix_rate": operations / seconds / matrix_rate,
+                "difference": ((product - first).abs().sum() / first.abs().sum()).item(),
+            }
+    return found
+
+
+def time_and_result(call: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Median seconds, and the last of what the call returns in fp64 (None where it returns nothing)."""
+    seconds = machine.median_seconds(call, device)
+    result = call()
+    last = result[-1] if isinstance(result, tuple) else result
+    return seconds, None if last is None else last.double()
+
+
+def flash_backward(query: Any, key: Any, value: Any, grad_output: Any, key_ranges: Any) -> tuple[Any, Callable]:
+    """The attention's output, and a call that runs the library's backward once for each target."""
+    import torch
+
+    from lvlm_fastxai.attention import FlashAttention, plan_attention
+
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    plan = plan_attention(key_ranges, keep_biases=False)
+    with torch.enable_grad():
+        output = FlashAttention.apply(*leaves, plan, query.shape[-1] ** -0.5, None)
+
+    def backward() -> None:
+        for target in range(grad_output.shape[1]):
+            torch.autograd.grad(output, leaves, grad_output[:, target], retain_graph=True)
+
+    return output.detach(), backward
+
+
+def best(figures: dict[str, Any]) -> tuple[str | None, float | None]:
+    """The fastest backend with kernels of its own, and its seconds."""
+    times = {name: each.get("seconds") for name, each in figures.items() if name != "reference"}
+    usable = {name: seconds for name, seconds in times.items() if isinstance(seconds, float)}
+    name = min(usable, key=usable.__getitem__, default=None)
+    return name, None if name is None else usable[name]
+
+
+def ratios(figures: dict[str, Any]) -> dict[str, float]:
+    """Backend → its fused backward / (library's backward + the fastest relevancy_product)."""
+    (_, product), (_, library) = best(figures["relevancy_product"]), best(figures["library_backward"])
+    if product is None or library is None:
+        return {}
+    fused = {name: each.get("seconds") for name, each in figures["attention_backward_relevancy"].items()}
+    return {
+        name: seconds / (library + product)
+        for name, seconds in fused.items()
+        if isinstance(seconds, float) and name != "reference"
+    }
+
+
+def errors(figures: dict[str, Any]) -> list[str]:
+    """What went wrong in a case, apart from its memory."""
+    each = [(operator, found) for operator, found in figures.items() if isinstance(found, dict)]
+    named = [(operator, backend, one) for operator, found in each for backend, one in found.items()]
+    return [
+        f"{operator} {backend}: {one['error']}"
+        for operator, backend, one in named
+        if isinstance(one, dict) and "error" in one
+    ]
+
+
+def line(name: str, figures: dict[str, Any]) -> str:
+    """One case in the terminal."""
+    parts = []
+    for operator in ("relevancy_product", "attention_backward_relevancy"):
+        for backend, each in figures.get(operator, {}).items():
+            if isinstance(each.get("seconds"), float):
+                parts.append(f"{backend} {each['seconds'] * 1e3:.3f} ms = {each['share_of_matrix_rate']:.1%}")
+            elif "seconds" in each:
+                parts.append(f"{backend} {each['seconds']}")
+        parts.append("|")
+    if "set_up" in figures:
+        parts.append(f"set-up {figures['set_up']}")
+    if figures.get("ratio") is not None:
+        parts.append(f"fused/(library + product) {figures['ratio']:.2f}")
+    return f"{name}: " + " ".join(parts)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes")
+    parser.add_argument("--case", action="append", help="repeatable, such as llava-1.5-7b-8192-1; default all")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="no case is begun after this time")
+    parser.add_argument("--out", type=Path, help="results file (JSON), rewritten after every case")
+
+
+def main(args: argparse.Namespace) -> int:
+    started = time.monotonic()
+    wanted = cases(args.rehearse)
+    if args.case:
+        wanted = {name: wanted[name] for name in args.case}
+    side, size = (128, 2**16) if args.rehearse else (MATRIX, COPIED_BYTES)
+    head, left_out, failed = machine.describe(), list(wanted), []
+    results: dict[str, Any] = {"copy_gigabytes_per_second": copy_rate(args.device, size) / 1e9, "cases": {}}
+    results |= {"left_out": left_out, "failed": failed}
+    for name, case in wanted.items():
+        if time.monotonic() - started > args.seconds:
+            break
+        figures = machine.attempt(partial(measure, case, args.device, side), args.device)
+        figures = {"set_up": figures} if isinstance(figures, str) else figures
+        machine.free(args.device)
+        left_out.remove(name)
+        failed += [f"{name}: {error}" for error in errors(figures)]
+        results["cases"][name] = {"case": asdict(case), **figures}
+        print(line(name, figures), flush=True)
+        if args.out:
+            machine.write_results(args.out, head, results)
+    for text in failed:
+        print(f"FAILED {text}")
+    print(f"left out for lack of time: {len(left_out)} cases {' '.join(left_out)}")
+    return 1 if failed else 0

@@ -1,0 +1,229 @@
+"""`make gpu` on a machine without a GPU: the rehearsal, and what the command makes of other programs' output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import end_to_end, gpu, gpu_end_to_end, gpu_op, machine
+from lvlm_fastxai import sweep
+from lvlm_fastxai.relevancy import explain_rows
+
+ROOT = Path(__file__).parent.parent
+GPU_STEPS = {"build", "tests", "memcheck", "racecheck", "ncu"}
+
+
+def test_the_rehearsal_runs_every_step_that_needs_no_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--device", "cpu", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + (tmp_path / "gpu.log").read_text()
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    head, results = written["machine"], written["results"]
+    assert head["rehearsal"] and head["gpu"] is None and head["torch"] == torch.__version__
+    outcomes = {name: step["outcome"] for name, step in results["steps"].items()}
+    assert outcomes == {step.name: "skipped" if step.name in GPU_STEPS else "passed" for step in gpu.STEPS}
+    assert "skipped: 5 steps: build, tests, memcheck, racecheck, ncu" in done.stdout
+
+    assert set(results["smoke"]) == set(results["info"]["operators"])
+    assert set(results["op"]["cases"]) == set(gpu_op.cases(rehearse=True)) and not results["op"]["left_out"]
+    for figures in results["op"]["cases"].values():
+        assert figures["relevancy_product"]["reference"]["seconds"] > 0
+        assert figures["attention_backward_relevancy"]["reference"]["difference"] < 0.01
+        assert figures["library_backward"]["library"]["seconds"] > 0
+    for name, (_, variants) in gpu_end_to_end.REHEARSED_CASES.items():
+        found = results["end-to-end"]["cases"][name]["variants"]
+        assert set(found) == set(variants)
+        assert all(figures["time_ratio"] > 0 for figures in found.values())
+    assert set(results["end-to-end"]["further_targets"]["llava-1.5-7b-2400"]) == set(gpu_end_to_end.FURTHER)
+    assert len(results["claims"]) == len(gpu.CLAIMS)
+    assert {path.name for path in tmp_path.iterdir()} <= {"gpu.json", "gpu.log", "gpu.png"}
+
+
+def options(folder: Path, **changed: Any) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    gpu.add_arguments(parser)
+    parsed = parser.parse_args(["--device", "cpu", "--out", str(folder)])
+    return argparse.Namespace(**{**vars(parsed), **changed})
+
+
+def a_run(folder: Path) -> gpu.Run:
+    return gpu.Run(folder, "cpu", True, {"gpu": None, "device": {"compute_capability": 90}})
+
+
+def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def fails(run: gpu.Run, seconds: float) -> None:
+        run.results["fails"] = {"figure": 1}
+        raise gpu.Failure("a reason")
+
+    def hangs(run: gpu.Run, seconds: float) -> None:
+        run.command([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"], seconds)
+
+    def looks(run: gpu.Run, seconds: float) -> None:
+        seen.append((tmp_path / "gpu.json").read_text())
+
+    works = {"fails": fails, "hangs": hangs, "looks": looks}
+    monkeypatch.setattr(gpu, "STEPS", tuple(gpu.Step(name, 1, 3, work) for name, work in works.items()))
+    started = time.monotonic()
+    assert gpu.main(options(tmp_path)) == 1
+    assert time.monotonic() - started < 50
+    steps = json.loads((tmp_path / "gpu.json").read_text())["results"]["steps"]
+    assert [step["outcome"] for step in steps.values()] == ["failed", "timed out", "passed"]
+    assert steps["fails"]["reason"].endswith("a reason") and "begun" in (tmp_path / "gpu.log").read_text()
+    # Written after every step: whoever stops the last one has the figures of those before it.
+    before = json.loads(seen[0])["results"]
+    assert before["fails"] == {"figure": 1} and set(before["steps"]) == {"fails", "hangs"}
+
+
+def test_later_steps_keep_the_time_that_they_need() -> None:
+    step, later = gpu.Step("one", 10, 100, gpu.info), [gpu.Step("two", 30, 50, gpu.info)]
+    assert gpu.allowance(500, step, later) == 100
+    assert gpu.allowance(90, step, later) == 60
+    assert gpu.allowance(39, step, later) == 0
+    assert sum(step.least for step in gpu.STEPS) < gpu.TOTAL_SECONDS < 540
+
+
+def test_a_step_without_time_or_program_is_skipped_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = gpu.perform(a_run(tmp_path), gpu.Step("plot", 1, 1, gpu.plot), 0.0)
+    assert (outcome["outcome"], outcome["reason"]) == ("skipped", "no time left")
+    monkeypatch.setattr(gpu, "environment", lambda: {"PATH": str(tmp_path)})
+    outcome = gpu.perform(a_run(tmp_path), gpu.Step("build", 1, 1, gpu.build), 1.0)
+    assert (outcome["outcome"], outcome["reason"]) == ("skipped", "no cmake on this machine")
+
+
+def test_the_build_uses_switches_that_cmake_knows() -> None:
+    described = (ROOT / "CMakeLists.txt").read_text()
+    configure, compile_, install = gpu.build_commands("cmake", "90", "1.0", Path("build"), Path("prefix"))
+    switches = [found[1] for found in re.finditer(r"-D(FASTXAI_\w+)=", " ".join(configure))]
+    assert switches
+    for switch in switches:
+        assert re.search(rf"set\({switch} .* CACHE ", described), switch
+    assert "-DFASTXAI_CUDA_ARCHITECTURES=90" in configure
+    assert compile_[1] == "--build" and install[1] == "--install"
+
+
+def stub(folder: Path, name: str, lines: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of this name, first on the path, that runs what follows its own options and then prints lines."""
+    program = folder / name
+    program.write_text(f'#!/bin/sh\nwhile [ "$1" != "{sys.executable}" ]; do shift; done\n"$@" || exit 9\n{lines}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    # The interpreter's folder and CUDA's come from the machine; the stub has to be found instead of theirs.
+    monkeypatch.setattr(gpu, "tool", lambda wanted: str(folder / wanted))
+
+
+def test_the_sanitizer_is_pointed_at_every_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(tmp_path, "compute-sanitizer", "echo '========= ERROR SUMMARY: 0 errors'", monkeypatch)
+    run = a_run(tmp_path)
+    gpu.memcheck(run, 120)
+    assert run.results["memcheck"] == {"summary": ["ERROR SUMMARY: 0 errors"]}
+    assert "relevancy_product cpu bfloat16, width 128" in (tmp_path / "gpu.log").read_text()
+    stub(tmp_path, "compute-sanitizer", "echo '========= ERROR SUMMARY: 3 errors'; exit 9", monkeypatch)
+    with pytest.raises(gpu.Failure, match="3 errors"):
+        gpu.memcheck(run, 120)
+
+
+CSV = '''"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value","Rule Name"
+"0","7","columns<A, B>(int)","GPU Speed Of Light Throughput","Compute (SM) Throughput","%","71.25",""
+"0","7","columns<A, B>(int)","GPU Speed Of Light Throughput","Duration","us","1,502.11",""
+"0","7","columns<A, B>(int)","GPU Speed Of Light Throughput","","","","SOLBottleneck"
+"1","7","average(int)","GPU Speed Of Light Throughput","Duration","us","3.10",""'''
+
+
+def test_the_profiler_is_pointed_at_the_better_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(tmp_path, "ncu", f"cat <<'END'\n{CSV}\nEND", monkeypatch)
+    run = a_run(tmp_path)
+    case = next(iter(gpu_op.cases(rehearse=True)))
+    figures = {"cpu": {"seconds": 1.0}, "reference": {"seconds": 0.5}, "cuda": {"unavailable": "no CUDA device"}}
+    run.results["op"] = {"cases": {case: {"relevancy_product": figures}}}
+    gpu.ncu(run, 120)
+    found = run.results["ncu"]
+    assert (found["case"], found["backend"]) == (case, "cpu")
+    assert found["kernels"] == {
+        "0 columns<A, B>(int)": {"Compute (SM) Throughput": "71.25 %", "Duration": "1,502.11 us"},
+        "1 average(int)": {"Duration": "3.10 us"},
+    }
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["plain", "xdist"])
+def test_verdicts_of_the_tests_are_counted(tmp_path: Path, workers: tuple[str, ...]) -> None:
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    (folder / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "@pytest.mark.parametrize('x', ['a b', 'c'])\n"
+        "def test_bad(x): assert x == 'c'\n"
+        "def test_other(): pytest.skip('a reason')\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *workers, "tests"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    found = gpu.verdicts(done.stdout)
+    assert found == {"passed": 2, "failed": 1, "skipped": 1, "failures": ["tests/test_some.py::test_bad[a b]"]}
+    # A run that was stopped has no summary; what it had said counts.
+    lines = done.stdout.splitlines()
+    stopped = "\n".join(lines[: next(i for i, line in enumerate(lines) if "FAILURES" in line)])
+    assert gpu.verdicts(stopped) == found
+    assert gpu.verdicts("no module named pytest") == {"failures": []}
+
+
+def test_claims_are_compared_with_their_figures() -> None:
+    variants = {"fast": {"time_ratio": 1.04}, "eager": {"time_ratio": 2.08}, "lean": {"extra_bytes": 2**30}}
+    results = {
+        "op": {"cases": {gpu.PROFILED: {"relevancy_product": {"cuda": {"seconds": 1.0, "share_of_matrix_rate": 0.5}}}}},
+        "end-to-end": {"cases": {"llava-1.5-7b-2400": {"variants": variants}}},
+    }
+    found = {claim["claim"]: (claim["figure"], claim["holds"]) for claim in gpu.claims(results)}
+    assert found["relevancy_product, share of the matrix product's rate, S = 8192"] == (0.5, True)
+    assert found["fast / (forward + backward), S = 2400"] == (1.04, True)
+    assert found["fast / (forward + backward), S = 8192"] == (None, None)
+    assert found["eager / fast, S = 2400"] == (2.0, False)
+    assert found["lean, GiB above the weights, S = 2400"] == (1.0, True)
+    assert all(claim["holds"] is None for claim in gpu.claims({}))
+
+
+def test_the_cases_are_those_of_the_models() -> None:
+    for name, (case, variants) in gpu_end_to_end.CASES.items():
+        assert f"-{case.columns}" in name and (case.targets == 1 or name.endswith(f"-{case.targets}-targets"))
+        assert set(variants) <= set(end_to_end.VARIANTS) and "forward_backward" in variants
+        assert gpu_op.MODELS[name.split("-7b")[0] + "-7b"] == (case.heads, case.key_heads, case.width // case.heads)
+    for claim in gpu.CLAIMS:
+        if claim.path[:2] == ("end-to-end", "cases"):
+            assert claim.path[4] in gpu_end_to_end.CASES[claim.path[2]][1]
+    shapes = {(case.keys, case.targets) for case in gpu_op.cases(rehearse=False).values() if case.rows is None}
+    assert shapes == {(keys, targets) for keys in (620, 2400, 8192, 32768) for targets in (1, 4, 16)}
+    assert gpu.PROFILED in gpu_op.cases(rehearse=False)
+
+
+def test_a_row_count_is_forced_and_given_up_again(one_thread: None) -> None:
+    case, _ = gpu_end_to_end.REHEARSED_CASES["llava-1.5-7b-2400"]
+    model, inputs, targets = end_to_end.build(case, "cpu")
+    before = sweep.select_rows
+    with end_to_end.forced_rows(end_to_end.FORCED_SHARE):
+        certificate = explain_rows(model, inputs, targets, row_tolerance=0.1).certificate
+    assert certificate is not None
+    assert certificate.rows_kept.tolist() == [[math.ceil(end_to_end.FORCED_SHARE * case.columns)] * case.layers]
+    assert sweep.select_rows is before
+
+
+def test_out_of_memory_is_a_result_and_other_errors_are_not() -> None:
+    def fails(error: Exception) -> None:
+        raise error
+
+    message = "CUDA out of memory. Tried to allocate 4.00 GiB."
+    assert machine.attempt(lambda: fails(torch.OutOfMemoryError(message)), "cpu") == machine.OUT_OF_MEMORY
+    assert machine.attempt(lambda: 3, "cpu") == 3
+    with pytest.raises(RuntimeError, match="illegal"):
+        machine.attempt(lambda: fails(RuntimeError("CUDA error: an illegal memory access")), "cpu")
