@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 # Before the machine code of sm_80 there are no asynchronous copies and no tensor cores for bfloat16.
 FIRST_WITH_TENSOR_CORES = 80
+# Kernels that multiply matrices; the others prepare and add up.
+MULTIPLYING = ("relevancy_product_columns<", "backward_keys<", "backward_rows<")
 INSTRUCTIONS = {
     "tensor core": re.compile(r"\bHMMA\.16816\."),
     "16-byte copy": re.compile(r"\bLDGSTS\.E(\.\w+)*\.128\b"),
@@ -60,7 +62,7 @@ def output(*command: str | Path) -> str:
 def readable(listing: str) -> str:
     """Names without mangling, namespaces and parameters."""
     listing = subprocess.run(["c++filt"], input=listing, capture_output=True, text=True, check=True).stdout
-    return re.sub(r"\(fastxai::\w+.*\)", "", listing.replace("fastxai::cuda::", "").replace("void ", ""))
+    return re.sub(r"(?<=[\w>])\(.*\)", "", listing.replace("fastxai::cuda::", "").replace("void ", ""))
 
 
 def resources(library: str) -> list[Kernel]:
@@ -103,8 +105,8 @@ def complaints(kernel: Kernel, counts: Counter[str], shared: int) -> list[str]:
     found = []
     if kernel.stack or counts["local memory"]:
         found.append(f"{kernel.stack} bytes of stack, {counts['local memory']} accesses to local memory")
-    columns = kernel.name.startswith("relevancy_product_columns<")
-    for_tensor_cores = "TensorCoreTiles" in kernel.name
+    multiplies = kernel.name.startswith(MULTIPLYING)
+    for_tensor_cores = "<TensorCore" in kernel.name
     if for_tensor_cores and kernel.architecture < FIRST_WITH_TENSOR_CORES:
         return found  # empty there, and never launched
     if shared > SHARED_KIB[kernel.architecture] << 10:
@@ -114,9 +116,9 @@ def complaints(kernel: Kernel, counts: Counter[str], shared: int) -> list[str]:
     if for_tensor_cores and not counts["matrix load"]:
         found.append("no matrix load")
     wide = "16-byte copy" if kernel.architecture >= FIRST_WITH_TENSOR_CORES else "16-byte load"
-    if columns and not shared:
+    if multiplies and not shared:
         found.append("tests/native/shared_memory.cpp does not name it")
-    if columns and not counts[wide]:
+    if multiplies and not counts[wide]:
         found.append(f"no {wide}")
     return found
 
@@ -128,7 +130,7 @@ def main() -> None:
     if not kernels:
         sys.exit(f"cuda_kernels: {library} holds no machine code")
     architectures = sorted({kernel.architecture for kernel in kernels})
-    print(f"{'registers on sm_':>44}  " + "".join(f"{architecture:>5}" for architecture in architectures))
+    print(f"{'registers on sm_':>49}  " + "".join(f"{architecture:>5}" for architecture in architectures))
     failures = []
     for name in sorted({kernel.name for kernel in kernels}):
         of_name = {kernel.architecture: kernel for kernel in kernels if kernel.name == name}
@@ -136,7 +138,7 @@ def main() -> None:
         cells = [f"{of_name[a].registers:>5}" if a in of_name else f"{'-':>5}" for a in architectures]
         counts = counted.get((max(of_name), name), Counter())
         print(
-            f"{short:>44}  {''.join(cells)}  shared ≤ {shared.get(name, 0) / 1024:5.1f} KiB  HMMA"
+            f"{short:>49}  {''.join(cells)}  shared ≤ {shared.get(name, 0) / 1024:5.1f} KiB  HMMA"
             f" {counts['tensor core']:>3}  LDSM {counts['matrix load']:>3}  LDGSTS.128 {counts['16-byte copy']:>2}"
         )
         for architecture, kernel in of_name.items():

@@ -81,6 +81,14 @@ __device__ inline void load_matrices(uint32_t (&matrix)[4], const void* shared) 
                : "memory");
 }
 
+// The same four matrices transposed: the lane gets the elements 2·(l % 4) and the next of column l / 4.
+__device__ inline void load_matrices_transposed(uint32_t (&matrix)[4], const void* shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(shared_address(shared))
+               : "memory");
+}
+
 // c (16×8) += a (16×16) · b (16×8), accumulated in float32. Lane l, with g = l / 4 and t = l % 4, holds
 // a: rows g, g+8, g, g+8 at columns 2t, 2t, 2t+8, 2t+8 and the next; b: rows 2t and 2t+8 and the next of column g;
 // c: columns 2t and 2t+1 of row g, then of row g+8.
@@ -109,11 +117,41 @@ __device__ inline void multiply_add<Float16>(float& c0, float& c1, float& c2, fl
 }
 #undef FASTXAI_MMA
 
+// Two elements as they lie in memory, the first in the lower half, rounded to nearest even.
+template <typename T>
+__device__ inline uint32_t packed(float first, float second);
+
+#if __CUDA_ARCH__ >= 800
+#define FASTXAI_PACK(type) asm("cvt.rn." type "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first))
+#else
+#define FASTXAI_PACK(type) __trap()
+#endif
+template <>
+__device__ inline uint32_t packed<BFloat16>(float first, float second) {
+  uint32_t pair = 0;
+  FASTXAI_PACK("bf16");
+  return pair;
+}
+template <>
+__device__ inline uint32_t packed<Float16>(float first, float second) {
+  uint32_t pair = 0;
+  FASTXAI_PACK("f16");
+  return pair;
+}
+#undef FASTXAI_PACK
+
 // The float16 element as it is in memory.
 __device__ inline float widened(uint16_t half) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
   return value;
+}
+
+// Its inverse, rounded to nearest even.
+__device__ inline uint16_t narrowed(float value) {
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
 }
 
 // 2^x within 2 ulp, zero where that is subnormal.
@@ -143,9 +181,13 @@ void commit();
 template <int kPending>
 void wait();
 void load_matrices(uint32_t (&matrix)[4], const void* shared);
+void load_matrices_transposed(uint32_t (&matrix)[4], const void* shared);
 template <typename T>
 void multiply_add(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <typename T>
+uint32_t packed(float first, float second);
 float widened(uint16_t half);
+uint16_t narrowed(float value);
 float exp2(float x);
 float rectified(float x);
 

@@ -10,16 +10,9 @@
 #include <cstdint>
 
 #include "../common/relevancy_product.h"
-#include "tiles.cuh"
+#include "shared_kernels.cuh"
 
 namespace fastxai::cuda {
-
-// What the rows of a tile see together. Rows that contribute nothing, to no target, do not count for the union; rows
-// that do not contribute to every target leave the intersection empty.
-struct TileRange {
-  int32_t first, last;                // union of the rows' key ranges
-  int32_t common_first, common_last;  // their intersection
-};
 
 // How a problem is cut up.
 struct Plan {
@@ -27,58 +20,6 @@ struct Plan {
   int splits;  // blocks that share the tiles of one head
   RowShape shape;
 };
-
-// A block lists the tiles it visits in shared memory, which bounds their number.
-constexpr int kMaxListed = 2048;
-constexpr float kLog2E = 1.44269504f;
-
-// Grid: (groups of kWarps tiles, B). One warp per tile, one lane per row.
-__global__ void outline_tiles(const RelevancyProduct problem, const Plan plan, TileRange* ranges) {
-  const int tile = static_cast<int>(blockIdx.x) * kWarps + warp();
-  const int64_t b = blockIdx.y, i = static_cast<int64_t>(tile) * kTileRows + lane();
-  const int keys = static_cast<int>(problem.keys);
-  bool any = false, every = i < problem.queries;
-  int start = 0, end = 0;
-  if (i < problem.queries) {
-    start = larger(problem.key_start[b * problem.queries + i], 0);
-    end = smaller(problem.key_end[b * problem.queries + i], keys);
-    for (int64_t n = 0; n < problem.targets; ++n) {
-      const bool contributes = problem.row[(b * problem.targets + n) * problem.queries + i] != 0.0f;
-      any = any || contributes;
-      every = every && contributes;
-    }
-  }
-  any = any && start < end;
-  TileRange range{any ? start : keys, any ? end : 0, every ? start : keys, every ? end : 0};
-  for (int step = 16; step > 0; step /= 2) {
-    range.first = smaller(range.first, __shfl_xor_sync(~0u, range.first, step));
-    range.last = larger(range.last, __shfl_xor_sync(~0u, range.last, step));
-    range.common_first = larger(range.common_first, __shfl_xor_sync(~0u, range.common_first, step));
-    range.common_last = smaller(range.common_last, __shfl_xor_sync(~0u, range.common_last, step));
-  }
-  if (lane() == 0 && tile < plan.tiles) ranges[b * plan.tiles + tile] = range;
-}
-
-// Lists the tiles that some of the block's keys are seen from: 2·tile, + 1 when every row of the tile sees them all.
-// The first warp does it, 32 tiles at a time; the others wait at the barrier.
-__device__ inline int list_tiles(const Plan& plan, const TileRange* ranges, int split, int first_key, int last_key,
-                                 int* list, int* count) {
-  if (warp() == 0) {
-    int found = 0;
-    for (int before = split; before < plan.tiles; before += 32 * plan.splits) {
-      const int tile = before + lane() * plan.splits;
-      const TileRange range = tile < plan.tiles ? ranges[tile] : TileRange{};
-      const bool seen = range.first < last_key && range.last > first_key;
-      const unsigned votes = __ballot_sync(~0u, seen);
-      const bool all = range.common_first <= first_key && range.common_last >= last_key;
-      if (seen) list[found + __popc(votes & ((1u << lane()) - 1))] = 2 * tile + (all ? 1 : 0);
-      found += __popc(votes);
-    }
-    if (lane() == 0) *count = found;
-  }
-  __syncthreads();
-  return *count;
-}
 
 // The tiles of rows in the order in which they are multiplied: of every listed tile the queries, then each gradient.
 template <typename T>
@@ -185,8 +126,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   auto* const sums = reinterpret_cast<Sums<kKeys>*>(shared_memory + Tiles::kSharedBytes) + threadIdx.x;
   int* const list = reinterpret_cast<int*>(shared_memory + Tiles::kSharedBytes + targets * kThreads * sizeof(*sums));
   for (int n = 0; n < targets; ++n) sums[n * kThreads] = {};
-  const int listed = list_tiles(plan, ranges + static_cast<int64_t>(b) * plan.tiles,
-                                static_cast<int>(blockIdx.y) % plan.splits, first_key, last_key, list + 1, list);
+  const int listed =
+      list_tiles(ranges + static_cast<int64_t>(b) * plan.tiles, static_cast<int>(blockIdx.y) % plan.splits, plan.splits,
+                 plan.tiles, first_key, last_key, list + 1, list);
 
   if (listed > 0) {
     const auto keys_of = [&](const void* tensor, const int64_t (&stride)[3]) {
@@ -266,33 +208,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// result[b, n, j] = mean over heads of partial[b, h, ·, n, j]. Grid: (blocks of N·Sk columns, B).
-__global__ void average_heads(const RelevancyProduct problem, const Plan plan, const float* partial) {
-  const int64_t columns = problem.targets * problem.keys;
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t b = blockIdx.y, parts = problem.heads * plan.splits;
-  if (column >= columns) return;
-  float sum = 0.0f;
-  for (int64_t part = 0; part < parts; ++part) sum += partial[(b * parts + part) * columns + column];
-  problem.result[b * columns + column] = sum / static_cast<float>(problem.heads);
-}
-
-// What of a device matters here.
-struct Device {
-  int multiprocessors;
-  bool tensor_cores;
-};
-
-inline int64_t blocks(int64_t count, int64_t size) {
-  return (count + size - 1) / size;
-}
-
-inline bool starts_aligned(const void* data, const int64_t* stride, int axes, int64_t element_bytes) {
-  bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  for (int axis = 0; axis < axes; ++axis) aligned = aligned && stride[axis] * element_bytes % 16 == 0;
-  return aligned;
-}
-
 inline Plan make_plan(const RelevancyProduct& problem, const Device& device) {
   Plan plan;
   plan.tiles = static_cast<int>(blocks(problem.queries, kTileRows));
@@ -304,7 +219,7 @@ inline Plan make_plan(const RelevancyProduct& problem, const Device& device) {
   plan.splits = static_cast<int>(splits > least ? splits : least);
   if (plan.splits < 1) plan.splits = 1;
 
-  const int64_t bytes = problem.element == Element::kFloat32 ? 4 : 2;
+  const int64_t bytes = bytes_of(problem.element);
   plan.shape.width = static_cast<int>(problem.width);
   plan.shape.aligned = starts_aligned(problem.query, problem.query_stride, 3, bytes) &&
                        starts_aligned(problem.key, problem.key_stride, 3, bytes) &&
@@ -360,7 +275,8 @@ void launch_kernels(const RelevancyProduct& problem, const Plan& plan, const Dev
                     float* partial, const Launch& launch) {
   const auto batch = static_cast<unsigned>(problem.batch);
   if (plan.tiles > 0) {
-    launch(outline_tiles, dim3(static_cast<unsigned>(blocks(plan.tiles, kWarps)), batch, 1), 0, problem, plan, ranges);
+    launch(outline_tiles, dim3(static_cast<unsigned>(blocks(plan.tiles, kWarps)), batch, 1), 0, problem.key_start,
+           problem.key_end, problem.row, problem.targets, problem.queries, problem.keys, plan.tiles, ranges);
   }
   switch (problem.element) {
     case Element::kFloat32:
@@ -373,8 +289,9 @@ void launch_kernels(const RelevancyProduct& problem, const Plan& plan, const Dev
       launch_columns_16_bit<Float16>(problem, plan, device.tensor_cores, ranges, partial, launch);
       break;
   }
-  launch(average_heads, dim3(static_cast<unsigned>(blocks(problem.targets * problem.keys, kThreads)), batch, 1), 0,
-         problem, plan, partial);
+  const int64_t columns = problem.targets * problem.keys;
+  launch(average_heads, dim3(static_cast<unsigned>(blocks(columns, kThreads)), batch, 1), 0, partial, problem.result,
+         problem.heads * plan.splits, columns, problem.heads);
 }
 
 }  // namespace fastxai::cuda

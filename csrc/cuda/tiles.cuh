@@ -1,5 +1,6 @@
-// Products of a block of keys with a tile of query rows, on tensor cores or without. Each thread holds the part of the
-// product that key(i) and query(i) name, so a kernel reads the same for both.
+// Products of a block of rows with the tiles of rows that stream past it, on tensor cores or without. Each thread holds
+// the part of the product that two functions name (key(i) and query(i), or left(i) and right(i)), so a kernel reads the
+// same for both.
 #pragma once
 
 #include <cstdint>
@@ -39,6 +40,25 @@ __device__ inline float to_float(BFloat16 value) {
 }
 __device__ inline float to_float(Float16 value) {
   return ptx::widened(value.bits);
+}
+
+template <typename T>
+__device__ inline T narrowed(float value);
+template <>
+__device__ inline float narrowed<float>(float value) {
+  return value;
+}
+template <>
+__device__ inline BFloat16 narrowed<BFloat16>(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  // Half a unit in the last place, a little less for even numbers. Carried on, it would turn some NaN into zero.
+  const uint32_t rounded = (value != value ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+  return {static_cast<uint16_t>(rounded)};
+}
+template <>
+__device__ inline Float16 narrowed<Float16>(float value) {
+  return {ptx::narrowed(value)};
 }
 
 // The rows of a matrix from one row on; its columns are contiguous.
@@ -84,6 +104,18 @@ __device__ inline void copy_rows(const Rows<T>& rows, int first_column, RowShape
         for (int e = 0; e < kElements; ++e) target[e] = e < present ? source[e] : T{};
       });
     }
+  }
+}
+
+// product (16 rows × 16) += left (16×16) · right (16×16), whose first two registers are columns 0-7. The product's
+// halves of eight rows are kept apart.
+template <typename T>
+__device__ inline void multiply_add_16(float* upper, float* lower, const uint32_t (&left)[4],
+                                       const uint32_t (&right)[4]) {
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    ptx::multiply_add<T>(upper[2 * n], upper[2 * n + 1], lower[2 * n], lower[2 * n + 1], left, right[2 * n],
+                         right[2 * n + 1]);
   }
 }
 
@@ -146,13 +178,7 @@ class TensorCoreTiles {
         uint32_t right[4];  // columns 0-7 and 8-15 of eight rows, then of the next eight
         ptx::load_matrices(right, tile + half * 16 * kPitch + k * 32);
 #pragma unroll
-        for (int s = 0; s < kSlabs; ++s) {
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            ptx::multiply_add<T>(product[2 * s][2 * n], product[2 * s][2 * n + 1], product[2 * s + 1][2 * n],
-                                 product[2 * s + 1][2 * n + 1], left[s][k], right[2 * n], right[2 * n + 1]);
-          }
-        }
+        for (int s = 0; s < kSlabs; ++s) multiply_add_16<T>(product[2 * s], product[2 * s + 1], left[s][k], right);
       }
       finish(half * kPart, product);
     }
@@ -187,49 +213,46 @@ class TensorCoreTiles {
   uint32_t keys_[kSlabs][kDepth][4], values_[kSlabs][kDepth][4];
 };
 
-// Any element on any architecture, in float32 arithmetic: what float32 asks for, and the only way for bfloat16 on
-// sm_75. Keys and rows pass in slices of their width, two at a time, so that every width fits sm_75's shared memory.
-template <typename T>
-class FmaTiles {
+// Products in float32 arithmetic of any element on any architecture, of kLeft rows with a tile's. Both pass in slices
+// of their width, two at a time, so that every width fits sm_75's shared memory.
+template <typename T, int kLeft>
+class FmaSlices {
   static constexpr int kSliceBytes = 64;
   static constexpr int kSlice = kSliceBytes / sizeof(T);
   static constexpr int kChunks = kSliceBytes / 16;
   static constexpr int kPitch = kSliceBytes + 16;  // an odd multiple of 16 bytes
+  static constexpr int kStageBytes = (kLeft + kTileRows) * kPitch;
+  // Blocks of 64 rows have 128 registers' worth of sums beside the product: more than two chunks at once spill.
+  static constexpr int kUnrolled = kLeft < 128 ? 2 : kChunks;
 
  public:
-  using Element = T;
-  static constexpr bool kTensorCores = false;
-  static constexpr int kKeys = 128;
-  static constexpr int kThreadKeys = 8;
-  static constexpr int kThreadQueries = 4;
-  static constexpr int kPart = 4;
-  static constexpr int kLanesPerKey = 8;
-  static constexpr int kMaxTargets = 4;
-  static constexpr int kStageBytes = (kKeys + kTileRows) * kPitch;
+  static constexpr int kThreadLeft = kLeft / 16;
+  static constexpr int kThreadRight = 4;
+  static constexpr int kLanesPerLeft = 8;
   static constexpr int kSharedBytes = 2 * kStageBytes;
 
-  __device__ static int key(int i) { return warp() * 4 + lane() / 8 + i * 16; }
-  __device__ static int query(int i) { return lane() % 8 + i * 8; }
+  __device__ static int left(int i) { return warp() * 4 + lane() / 8 + i * 16; }
+  __device__ static int right(int i) { return lane() % 8 + i * 8; }
 
-  template <typename Source>
-  __device__ FmaTiles(unsigned char* shared, const Rows<T>& keys, const Rows<T>& values, RowShape shape, Source&)
-      : shared_(shared), keys_(keys), values_(values), shape_(shape) {}
-
-  template <bool kValues, typename Source, typename Finish>
-  __device__ void multiply(Source& source, const Finish& finish) {
-    const Rows<T>& left = kValues ? values_ : keys_;
-    Rows<T> right;
-    source.next(right);
-    float product[kThreadKeys][kPart] = {};
-    fill(left, right, 0);
-    for (int column = 0; column < shape_.width; column += kSlice) {
-      fill(left, right, column + kSlice);
+  // Adds to the product. Shared memory may be written again when it returns.
+  __device__ static void multiply(unsigned char* shared, const Rows<T>& left, const Rows<T>& right, RowShape shape,
+                                  float (&product)[kThreadLeft][kThreadRight]) {
+    const auto stage = [&](int column) { return shared + column / kSlice % 2 * kStageBytes; };
+    const auto fill = [&](int column) {
+      if (column < shape.width) {
+        copy_rows<kLeft, kChunks>(left, column, shape, stage(column), kPitch);
+        copy_rows<kTileRows, kChunks>(right, column, shape, stage(column) + kLeft * kPitch, kPitch);
+      }
+      ptx::commit();
+    };
+    fill(0);
+    for (int column = 0; column < shape.width; column += kSlice) {
+      fill(column + kSlice);
       ptx::wait<1>();
       __syncthreads();
       add_slice(stage(column), product);
       __syncthreads();
     }
-    finish(0, product);
   }
 
  private:
@@ -237,38 +260,62 @@ class FmaTiles {
     T element[16 / sizeof(T)];
   };
 
-  __device__ unsigned char* stage(int column) const { return shared_ + column / kSlice % 2 * kStageBytes; }
-
-  __device__ void fill(const Rows<T>& left, const Rows<T>& right, int column) {
-    if (column < shape_.width) {
-      copy_rows<kKeys, kChunks>(left, column, shape_, stage(column), kPitch);
-      copy_rows<kTileRows, kChunks>(right, column, shape_, stage(column) + kKeys * kPitch, kPitch);
-    }
-    ptx::commit();
-  }
-
-  __device__ static void add_slice(const unsigned char* slice, float (&product)[kThreadKeys][kThreadQueries]) {
-#pragma unroll
+  __device__ static void add_slice(const unsigned char* slice, float (&product)[kThreadLeft][kThreadRight]) {
+#pragma unroll(kUnrolled)
     for (int c = 0; c < kChunks; ++c) {
-      Chunk right[kThreadQueries];
+      Chunk row[kThreadRight];
 #pragma unroll
-      for (int q = 0; q < kThreadQueries; ++q) {
-        right[q] = *reinterpret_cast<const Chunk*>(slice + (kKeys + query(q)) * kPitch + c * 16);
+      for (int q = 0; q < kThreadRight; ++q) {
+        row[q] = *reinterpret_cast<const Chunk*>(slice + (kLeft + right(q)) * kPitch + c * 16);
       }
 #pragma unroll
-      for (int i = 0; i < kThreadKeys; ++i) {
-        const Chunk left = *reinterpret_cast<const Chunk*>(slice + key(i) * kPitch + c * 16);
+      for (int i = 0; i < kThreadLeft; ++i) {
+        const Chunk own = *reinterpret_cast<const Chunk*>(slice + left(i) * kPitch + c * 16);
 #pragma unroll
         for (int e = 0; e < static_cast<int>(16 / sizeof(T)); ++e) {
 #pragma unroll
-          for (int q = 0; q < kThreadQueries; ++q) {
-            product[i][q] = fmaf(to_float(left.element[e]), to_float(right[q].element[e]), product[i][q]);
+          for (int q = 0; q < kThreadRight; ++q) {
+            product[i][q] = fmaf(to_float(own.element[e]), to_float(row[q].element[e]), product[i][q]);
           }
         }
       }
     }
   }
+};
 
+// What TensorCoreTiles does, without tensor cores: what float32 asks for, and the only way for bfloat16 on sm_75.
+template <typename T>
+class FmaTiles {
+  using Slices = FmaSlices<T, 128>;
+
+ public:
+  using Element = T;
+  static constexpr bool kTensorCores = false;
+  static constexpr int kKeys = 128;
+  static constexpr int kThreadKeys = Slices::kThreadLeft;
+  static constexpr int kThreadQueries = Slices::kThreadRight;
+  static constexpr int kPart = 4;
+  static constexpr int kLanesPerKey = Slices::kLanesPerLeft;
+  static constexpr int kMaxTargets = 4;
+  static constexpr int kSharedBytes = Slices::kSharedBytes;
+
+  __device__ static int key(int i) { return Slices::left(i); }
+  __device__ static int query(int i) { return Slices::right(i); }
+
+  template <typename Source>
+  __device__ FmaTiles(unsigned char* shared, const Rows<T>& keys, const Rows<T>& values, RowShape shape, Source&)
+      : shared_(shared), keys_(keys), values_(values), shape_(shape) {}
+
+  template <bool kValues, typename Source, typename Finish>
+  __device__ void multiply(Source& source, const Finish& finish) {
+    Rows<T> right;
+    source.next(right);
+    float product[kThreadKeys][kPart] = {};
+    Slices::multiply(shared_, kValues ? values_ : keys_, right, shape_, product);
+    finish(0, product);
+  }
+
+ private:
   unsigned char* shared_;
   Rows<T> keys_, values_;
   RowShape shape_;

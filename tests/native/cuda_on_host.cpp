@@ -2,33 +2,65 @@
 
 #include "cuda_on_host.h"
 
+#include "../../csrc/cuda/attention_backward_relevancy.cuh"
 #include "../../csrc/cuda/relevancy_product.cuh"
 
-using fastxai::RelevancyProduct;
+using namespace fastxai::cuda;
 
-// sizes: B, N, N or 1, H, Hkv, Sq, Sk, d. strides, in elements: three of query, key, value, four of grad_output.
-// Tells how many blocks shared a head's rows.
-extern "C" int relevancy_product(int32_t element, const void* query, const void* key, const void* value,
-                                 const void* grad_output, const float* logsumexp, const float* row,
-                                 const int32_t* key_start, const int32_t* key_end, const int64_t* sizes,
-                                 const int64_t* strides, float scale, int32_t multiprocessors, int32_t tensor_cores,
-                                 int32_t backwards, float* result) {
-  RelevancyProduct p{};
-  p.element = static_cast<fastxai::Element>(element);
-  p.query = query, p.key = key, p.value = value, p.grad_output = grad_output;
-  p.logsumexp = logsumexp, p.row = row, p.key_start = key_start, p.key_end = key_end, p.result = result;
-  p.batch = sizes[0], p.targets = sizes[1], p.grad_targets = sizes[2], p.heads = sizes[3], p.key_heads = sizes[4];
-  p.queries = sizes[5], p.keys = sizes[6], p.width = sizes[7], p.scale = scale;
+namespace {
+
+// What every operator's problem has under the same names. Strides, in elements: three of each tensor, four of
+// grad_output, which comes last.
+template <typename Problem>
+void fill(Problem& p, int32_t element, const void* const* tensors, const int64_t* sizes, const int64_t* strides,
+          float scale) {
+  p.element = static_cast<fastxai::Element>(element), p.scale = scale;
+  p.query = tensors[0], p.key = tensors[1], p.value = tensors[2], p.grad_output = tensors[3];
+  p.logsumexp = static_cast<const float*>(tensors[4]), p.row = static_cast<const float*>(tensors[5]);
+  p.key_start = static_cast<const int32_t*>(tensors[6]), p.key_end = static_cast<const int32_t*>(tensors[7]);
+  p.batch = sizes[0], p.targets = sizes[1], p.heads = sizes[2], p.key_heads = sizes[3];
+  p.queries = sizes[4], p.keys = sizes[5], p.width = sizes[6];
   std::memcpy(p.query_stride, strides, sizeof(p.query_stride));
   std::memcpy(p.key_stride, strides + 3, sizeof(p.key_stride));
   std::memcpy(p.value_stride, strides + 6, sizeof(p.value_stride));
   std::memcpy(p.grad_stride, strides + 9, sizeof(p.grad_stride));
+}
 
-  using namespace fastxai::cuda;
+}  // namespace
+
+// tensors: query, key, value, grad_output, logsumexp, row, key_start, key_end. sizes: B, N, H, Hkv, Sq, Sk, d, and the
+// gradients, N or 1. Tells how many blocks shared a head's rows.
+extern "C" int relevancy_product(int32_t element, const void* const* tensors, const int64_t* sizes,
+                                 const int64_t* strides, float scale, int32_t multiprocessors, int32_t tensor_cores,
+                                 int32_t backwards, void* const* results) {
+  fastxai::RelevancyProduct p{};
+  fill(p, element, tensors, sizes, strides, scale);
+  p.grad_targets = sizes[7], p.result = static_cast<float*>(results[0]);
+
   const Device device{multiprocessors, tensor_cores != 0};
   const Plan plan = make_plan(p, device);
   std::vector<TileRange> ranges(static_cast<size_t>(tile_range_count(p, plan)));
   std::vector<float> partial(static_cast<size_t>(partial_count(p, plan)), NAN);
   launch_kernels(p, plan, device, ranges.data(), partial.data(), cuda_on_host::Launch{kThreads, backwards != 0});
   return plan.splits;
+}
+
+// tensors, then output; strides, then three of output. results: grad_query, grad_key, grad_value, product.
+extern "C" void attention_backward_relevancy(int32_t element, const void* const* tensors, const int64_t* sizes,
+                                             const int64_t* strides, float scale, int32_t, int32_t tensor_cores,
+                                             int32_t backwards, void* const* results) {
+  fastxai::AttentionBackwardRelevancy p{};
+  fill(p, element, tensors, sizes, strides, scale);
+  p.output = tensors[8];
+  std::memcpy(p.output_stride, strides + 13, sizeof(p.output_stride));
+  p.grad_query = results[0], p.grad_key = results[1], p.grad_value = results[2];
+  p.product = static_cast<float*>(results[3]);
+
+  const BackwardPlan plan = make_plan(p);
+  std::vector<TileRange> ranges(static_cast<size_t>(tile_range_count(p, plan)));
+  std::vector<RowState> states(static_cast<size_t>(state_count(p)));
+  std::memset(static_cast<void*>(states.data()), 0xff, states.size() * sizeof(RowState));
+  std::vector<float> partial(static_cast<size_t>(partial_count(p)), NAN);
+  launch_kernels(p, plan, Device{0, tensor_cores != 0}, ranges.data(), states.data(), partial.data(),
+                 cuda_on_host::Launch{kThreads, backwards != 0});
 }

@@ -20,6 +20,7 @@
 
 #define __device__
 #define __global__
+#define __host__
 #define __shared__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
@@ -222,7 +223,8 @@ void wait() {
   }
 }
 
-void load_matrices(uint32_t (&matrix)[4], const void* shared) {
+template <bool kTransposed>
+void load_any_matrices(uint32_t (&matrix)[4], const void* shared) {
   struct Offer {
     uint32_t* matrix;
     const unsigned char* row;
@@ -231,11 +233,22 @@ void load_matrices(uint32_t (&matrix)[4], const void* shared) {
   cuda_on_host::meet_warp(&own, [](void** offered) {
     for (int lane = 0; lane < 32; ++lane) {
       for (int m = 0; m < 4; ++m) {
-        const unsigned char* row = static_cast<Offer*>(offered[m * 8 + lane / 4])->row;
-        std::memcpy(&static_cast<Offer*>(offered[lane])->matrix[m], row + lane % 4 * 4, 4);
+        auto* to = reinterpret_cast<uint16_t*>(&static_cast<Offer*>(offered[lane])->matrix[m]);
+        for (int e = 0; e < 2; ++e) {
+          const int along = lane % 4 * 2 + e, across = lane / 4;
+          const int row = kTransposed ? along : across, column = kTransposed ? across : along;
+          std::memcpy(to + e, static_cast<Offer*>(offered[m * 8 + row])->row + column * 2, 2);
+        }
       }
     }
   });
+}
+
+void load_matrices(uint32_t (&matrix)[4], const void* shared) {
+  load_any_matrices<false>(matrix, shared);
+}
+void load_matrices_transposed(uint32_t (&matrix)[4], const void* shared) {
+  load_any_matrices<true>(matrix, shared);
 }
 
 float widened(uint16_t half) {
@@ -250,6 +263,24 @@ float widened(uint16_t half) {
   bits |= special | sign;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
+}
+
+uint16_t narrowed(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  const float magnitude = fabsf(value);
+  if (!(magnitude < 65520.0f)) return sign | (magnitude != magnitude ? 0x7fffu : 0x7c00u);
+  // float32's own rounding, to nearest even: added to a power of two, everything below float16's last place falls away.
+  int exponent;
+  std::frexp(magnitude, &exponent);
+  const float unit = std::ldexp(1.0f, (exponent < -13 ? -13 : exponent) - 11);
+  const float rounded = (magnitude + unit * 0x1p23f) - unit * 0x1p23f;
+  if (rounded == 0.0f) return sign;
+  // float16 as its bits, which count its values: subnormals, then 1024 for every exponent.
+  std::frexp(rounded, &exponent);
+  const int step = exponent < -13 ? -13 : exponent;
+  return sign | static_cast<uint16_t>(std::ldexp(rounded, 11 - step) + static_cast<float>((step + 13) * 1024));
 }
 
 inline float to_float(BFloat16, uint16_t bits) {
@@ -292,6 +323,19 @@ void multiply_add(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a
       for (int i = 0; i < 4; ++i) *to.c[i] += sum[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
     }
   });
+}
+
+}  // namespace ptx
+
+// Defined in tiles.cuh.
+template <typename T>
+T narrowed(float value);
+
+namespace ptx {
+
+template <typename T>
+uint32_t packed(float first, float second) {
+  return fastxai::cuda::narrowed<T>(first).bits | static_cast<uint32_t>(fastxai::cuda::narrowed<T>(second).bits) << 16;
 }
 
 float exp2(float x) {

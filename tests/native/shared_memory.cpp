@@ -7,27 +7,46 @@
 
 #include "cuda_on_host.h"
 
+#include "../../csrc/cuda/attention_backward_relevancy.cuh"
 #include "../../csrc/cuda/relevancy_product.cuh"
 
 using namespace fastxai::cuda;
 
+template <typename Tiles>
+void print(const char* kernel, int64_t bytes) {
+  std::printf("%lld %s<%s >\n", static_cast<long long>(bytes), kernel,
+              abi::__cxa_demangle(typeid(Tiles).name(), nullptr, nullptr, nullptr));
+}
+
 template <typename... Tiles>
-void print() {
-  const auto line = [](int64_t bytes, const char* mangled) {
-    std::printf("%lld relevancy_product_columns<%s >\n", static_cast<long long>(bytes),
-                abi::__cxa_demangle(mangled, nullptr, nullptr, nullptr));
-  };
-  (line(shared_bytes<Tiles>(Tiles::kMaxTargets, kMaxListed), typeid(Tiles).name()), ...);
+void print_columns() {
+  (print<Tiles>("relevancy_product_columns", shared_bytes<Tiles>(Tiles::kMaxTargets, kMaxListed)), ...);
+}
+
+template <typename... Tiles>
+void print_backward_keys() {
+  (print<Tiles>("backward_keys", backward_keys_bytes<Tiles>(kMaxListed)), ...);
+}
+
+template <typename... Tiles>
+void print_backward_rows() {
+  (print<Tiles>("backward_rows", Tiles::kSharedBytes), ...);
 }
 
 template <typename T>
 void print_16_bit() {
-  print<FmaTiles<T>, TensorCoreTiles<T, 64>, TensorCoreTiles<T, 96>, TensorCoreTiles<T, 128>,
-        TensorCoreTiles<T, 256>>();
+  print_columns<FmaTiles<T>, TensorCoreTiles<T, 64>, TensorCoreTiles<T, 96>, TensorCoreTiles<T, 128>,
+                TensorCoreTiles<T, 256>>();
+  print_backward_keys<FmaPairs<T, 2>, TensorCorePairs<T, 64, 2>, TensorCorePairs<T, 96, 2>, TensorCorePairs<T, 128, 2>,
+                      TensorCorePairs<T, 256, 2>>();
+  print_backward_rows<FmaPairs<T, 1>, TensorCorePairs<T, 64, 1>, TensorCorePairs<T, 96, 1>, TensorCorePairs<T, 128, 1>,
+                      TensorCorePairs<T, 256, 1>>();
 }
 
 int main() {
-  print<FmaTiles<float>>();
+  print_columns<FmaTiles<float>>();
+  print_backward_keys<FmaPairs<float, 2>>();
+  print_backward_rows<FmaPairs<float, 1>>();
   print_16_bit<BFloat16>();
   print_16_bit<Float16>();
 }
