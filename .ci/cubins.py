@@ -1,7 +1,8 @@
 """Compiles every Triton kernel to machine code for every supported architecture, on a machine without a GPU.
 
 Prints registers and shared memory of each variant, and fails when one spills registers, does not fit its architecture's
-shared memory, or has no tensor-core instruction where it should. Run by `make triton`.
+shared memory, has no tensor-core instruction where it should, or reads matrices other than 16 bytes at a time. Run by
+`make triton`.
 
     python .ci/cubins.py [--architectures 80 90 …] [--document docs/triton.md]
 """
@@ -9,6 +10,8 @@ shared memory, or has no tensor-core instruction where it should. Run by `make t
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import itertools
 import os
 import re
 import subprocess
@@ -30,6 +33,9 @@ SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 WIDTHS = (64, 72, 80, 96, 128, 256)
 TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+# cp.async.cg is always of 16 bytes.
+WIDE_READS = ("ld.global.v4.b32", "cp.async.cg.shared.global")
+NARROW_READS = ("ld.global.b16", "ld.global.u16")
 
 
 class Variant(NamedTuple):
@@ -43,10 +49,12 @@ class Variant(NamedTuple):
 VARIANTS = [
     *(Variant(torch.bfloat16, width, 1, False) for width in WIDTHS),
     *(Variant(torch.bfloat16, width, 2, False) for width in WIDTHS if width <= 128),
+    *(Variant(torch.bfloat16, 100, targets, False) for targets in (1, 2)),
     *(Variant(torch.bfloat16, width, 8, True) for width in (128, 256)),
     Variant(torch.float16, 128, 2, False),
-    *(Variant(torch.float32, 128, targets, False) for targets in (1, 2)),
-    Variant(torch.bfloat16, 512, 1, False),
+    *(Variant(torch.float32, width, 1, False) for width in (64, 300)),
+    Variant(torch.float32, 128, 2, False),
+    Variant(torch.bfloat16, 512, 8, True),
 ]
 
 
@@ -60,12 +68,19 @@ class Compiled(NamedTuple):
     stack: int
     shared: int
     tensor_cores: str
+    wide_reads: bool
+
+
+def is_aligned(variant: Variant) -> bool:
+    """Whether a contiguous tensor's rows all begin at a multiple of 16 bytes."""
+    return variant.width % relevancy_product.ALIGNMENT == 0
 
 
 def source(variant: Variant, chosen: relevancy_product.Configuration) -> ASTSource:
     """The kernel with the argument types and alignments of tensors as torch allocates them."""
     kernel = relevancy_product.column_sums
-    constants = relevancy_product.constants(chosen, variant.width, variant.shared_gradient)
+    alignment = relevancy_product.ALIGNMENT if is_aligned(variant) else 1
+    constants = relevancy_product.constants(chosen, variant.width, variant.shared_gradient, alignment)
     element = f"*{TYPES[variant.dtype]}"
     types = dict.fromkeys(("query", "key", "value", "grad_output"), element)
     types |= dict.fromkeys(("logsumexp", "row", "partial"), "*fp32")
@@ -74,8 +89,6 @@ def source(variant: Variant, chosen: relevancy_product.Configuration) -> ASTSour
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     # key_end is a view that begins one element after key_start.
     aligned = [name for name in types if types[name][0] == "*" and name != "key_end"]
-    if variant.width % 16 == 0:
-        aligned += [name for name in kernel.arg_names if re.match("(query|key|value|grad)_stride", name)]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return ASTSource(kernel, signature, constants, attributes)
 
@@ -93,18 +106,18 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
-def compile_for(architecture: int, variant: Variant) -> Compiled:
-    chosen = relevancy_product.configuration(
-        variant.dtype, variant.width, variant.targets, variant.shared_gradient, divmod(architecture, 10)
-    )
+def compile_for(variant: Variant, architecture: int) -> Compiled:
+    chosen = relevancy_product.configuration(variant.dtype, variant.width, variant.targets, variant.shared_gradient)
     compiled = triton.compile(
         source(variant, chosen),
         target=GPUTarget("cuda", architecture, 32),
-        options=relevancy_product.launch_options(chosen),
+        options=relevancy_product.launch_options(),
     )
     registers, stack = resources(compiled.asm["cubin"])
     used = [name for name in TENSOR_CORES if name in compiled.asm["ptx"]]
-    return Compiled(registers, stack, compiled.metadata.shared, " ".join(used))
+    ptx = compiled.asm["ptx"]
+    wide = any(read in ptx for read in WIDE_READS) and not any(read in ptx for read in NARROW_READS)
+    return Compiled(registers, stack, compiled.metadata.shared, " ".join(used), wide)
 
 
 def complaints(architecture: int, variant: Variant, compiled: Compiled) -> list[str]:
@@ -115,6 +128,8 @@ def complaints(architecture: int, variant: Variant, compiled: Compiled) -> list[
         found.append(f"{compiled.shared} bytes of shared memory, the architecture has {SHARED_KIB[architecture]} KiB")
     if variant.dtype != torch.float32 and not compiled.tensor_cores:
         found.append("no tensor-core instruction")
+    if is_aligned(variant) and not compiled.wide_reads:
+        found.append("matrices are read other than 16 bytes at a time")
     return found
 
 
@@ -138,12 +153,12 @@ def main() -> int:
     parser.add_argument("--document", type=Path, help="also write the table between the markers of this file")
     options = parser.parse_args()
 
-    results: dict[Variant, dict[int, Compiled]] = {}
+    results: dict[Variant, dict[int, Compiled]] = {variant: {} for variant in VARIANTS}
     wrong = []
-    for variant in VARIANTS:
-        results[variant] = {}
-        for architecture in options.architectures:
-            compiled = compile_for(architecture, variant)
+    kernels = list(itertools.product(VARIANTS, options.architectures))
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as processes:
+        all_compiled = processes.map(compile_for, *zip(*kernels, strict=True))
+        for (variant, architecture), compiled in zip(kernels, all_compiled, strict=True):
             results[variant][architecture] = compiled
             print(f"sm_{architecture} {name(variant)}: {compiled}", flush=True)
             found = complaints(architecture, variant, compiled)

@@ -21,9 +21,8 @@ from torch import Tensor
 LOG2_E = 1.4426950408889634
 # Tiles of query rows that one step of the first launch looks at.
 TILES_AT_ONCE = 16
-# More spill registers, and so does the second where the head width is over 128.
-MOST_TARGETS = 2
-MOST_TARGETS_OF_ONE_GRADIENT = 8
+# A processor reads 16 bytes at a time: eight 16-bit numbers.
+ALIGNMENT = 8
 # Lengths differ from call to call, and a kernel compiled anew for one that is a multiple of 16 gains nothing from it.
 SIZES = ["heads", "group", "queries", "keys", "targets", "key_blocks", "chunks"]
 
@@ -237,6 +236,12 @@ def add_tile(
     return result
 
 
+@triton.jit
+def as_multiples(stride_b, stride_h, stride_i, ALIGNMENT: tl.constexpr):
+    """The same strides, seen to be multiples by the compiler, which else reads rows of 72 elements one by one."""
+    return stride_b // ALIGNMENT * ALIGNMENT, stride_h // ALIGNMENT * ALIGNMENT, stride_i // ALIGNMENT * ALIGNMENT
+
+
 @triton.jit(do_not_specialize=SIZES)
 def column_sums(
     query,  # (B, H, Sq, d)
@@ -284,6 +289,7 @@ def column_sums(
     TARGETS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ALIGNMENT: tl.constexpr,  # divides every stride of the four
 ):
     # Blocks of keys run fastest: the programs alive at a time share the queries of a few heads in the cache, and under
     # a causal mask a head's heavy blocks come first, so that only the last head's light ones trail.
@@ -295,6 +301,15 @@ def column_sums(
     key_head = head // group
     first_key = block * BLOCK_K
     first_target = chunk * TARGETS
+    query_stride_b, query_stride_h, query_stride_i = as_multiples(
+        query_stride_b, query_stride_h, query_stride_i, ALIGNMENT
+    )
+    key_stride_b, key_stride_h, key_stride_j = as_multiples(key_stride_b, key_stride_h, key_stride_j, ALIGNMENT)
+    value_stride_b, value_stride_h, value_stride_j = as_multiples(
+        value_stride_b, value_stride_h, value_stride_j, ALIGNMENT
+    )
+    grad_stride_b, grad_stride_h, grad_stride_i = as_multiples(grad_stride_b, grad_stride_h, grad_stride_i, ALIGNMENT)
+    grad_stride_n = grad_stride_n // ALIGNMENT * ALIGNMENT
 
     query += sample * query_stride_b + head.to(tl.int64) * query_stride_h
     key += sample * key_stride_b + key_head.to(tl.int64) * key_stride_h + first_key.to(tl.int64) * key_stride_j
@@ -363,9 +378,6 @@ class Configuration(NamedTuple):
     high: int
     resident: bool  # keys and values stay on the chip while a program runs; else they are read piece by piece
     targets: int  # that share a recomputed score tile
-    warps: int
-    stages: int
-    registers: int | None  # most per thread, so that two blocks of threads share a multiprocessor
 
 
 def pieces(width: int) -> tuple[int, int]:
@@ -379,26 +391,30 @@ def pieces(width: int) -> tuple[int, int]:
 
 def targets_per_program(targets: int, shared_gradient: bool, width: int = 128) -> int:
     """How many targets share a score tile: the least work, a product for the scores and one for each gradient."""
+    # More would spill registers.
     if shared_gradient:
-        return min(targets, MOST_TARGETS_OF_ONE_GRADIENT)
-    most = MOST_TARGETS if width <= 128 else 1
+        return min(targets, 8 if width <= 128 else 2)
+    most = 2 if width <= 128 else 1
     return min(range(1, most + 1), key=lambda shared: (-(-targets // shared) * (1 + shared), shared))
 
 
-def configuration(
-    dtype: torch.dtype, width: int, targets: int, shared_gradient: bool, capability: tuple[int, int]
-) -> Configuration:
+def configuration(dtype: torch.dtype, width: int, targets: int, shared_gradient: bool) -> Configuration:
     """Tiles that neither spill registers nor exceed shared memory; `make triton` checks that for every architecture."""
     shared = targets_per_program(targets, shared_gradient, width)
+    # Rows that are not read 16 bytes at a time pass through registers on their way to shared memory.
+    block_q = 32 if width % ALIGNMENT == 0 else 16
     if dtype == torch.float32 or width > 256:
-        return Configuration(64, 64, 32, 0, False, shared, 8, 2, None)
+        return Configuration(block_q, 64, 64 // dtype.itemsize, 0, False, shared)
     low, high = pieces(width)
-    if width > 128:
-        return Configuration(32, 64, low, high, True, shared, 8, 2 if shared == 1 else 1, None)
-    return Configuration(32, 128 if shared == 1 else 64, low, high, True, shared, 8, 2, None)
+    return Configuration(block_q, 128 if shared == 1 and width <= 128 else 64, low, high, True, shared)
 
 
-def constants(configuration: Configuration, width: int, shared_gradient: bool) -> dict[str, Any]:
+def alignment_of(*tensors: Tensor) -> int:
+    """What the kernels are told that every stride is a multiple of."""
+    return ALIGNMENT if all(stride % ALIGNMENT == 0 for tensor in tensors for stride in tensor.stride()[:-1]) else 1
+
+
+def constants(configuration: Configuration, width: int, shared_gradient: bool, alignment: int) -> dict[str, Any]:
     """The compile-time arguments of `column_sums`."""
     return {
         "WIDTH": width,
@@ -409,17 +425,14 @@ def constants(configuration: Configuration, width: int, shared_gradient: bool) -
         "TARGETS": configuration.targets,
         "BLOCK_Q": configuration.block_q,
         "BLOCK_K": configuration.block_k,
+        "ALIGNMENT": alignment,
     }
 
 
-def launch_options(configuration: Configuration) -> dict[str, Any]:
+def launch_options() -> dict[str, Any]:
     """What the compiler is told beside them. Multiplications and additions are fused whatever Triton's default is."""
-    return {
-        "num_warps": configuration.warps,
-        "num_stages": configuration.stages,
-        "maxnreg": configuration.registers,
-        "enable_fp_fusion": True,
-    }
+    # All registers that there are: left to itself ptxas would rather spill a few than use more than half of them.
+    return {"num_warps": 8, "num_stages": 2, "maxnreg": 255, "enable_fp_fusion": True}
 
 
 def is_interpreted() -> bool:
@@ -449,8 +462,7 @@ def relevancy_product(
     if 0 in (batch, queries, keys):
         return row.new_zeros((batch, targets, keys))
     shared_gradient = grad_output.shape[1] == 1 and targets > 1
-    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (8, 0)
-    chosen = configuration(query.dtype, width, targets, shared_gradient, capability)
+    chosen = configuration(query.dtype, width, targets, shared_gradient)
     query, key, value, grad_output = map(with_contiguous_last_axis, (query, key, value, grad_output))
     logsumexp, row = logsumexp.contiguous(), row.contiguous()
 
@@ -507,7 +519,7 @@ def relevancy_product(
             chunks,
             scale * LOG2_E,
             1 / heads,
-            **constants(chosen, width, shared_gradient),
-            **launch_options(chosen),
+            **constants(chosen, width, shared_gradient, alignment_of(query, key, value, grad_output)),
+            **launch_options(),
         )
         return partial.sum(dim=1)
