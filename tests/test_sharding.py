@@ -365,7 +365,7 @@ def test_the_two_devices_of_the_test_do_not_mix() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "llava"])
 def test_layers_that_accelerate_keeps_on_disk(name: str, tmp_path: Path) -> None:
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate
     whole, inputs = models.build(name, torch.float32, layers=4, text=40)
     spread: Any = models.make_model(name, torch.float32, layers=4)
     before = fingerprint(spread)
