@@ -54,6 +54,8 @@ FORCED_SHARE = 0.05
 CASES = {
     # The shape of the acceptance test: an eight-layer decoder at LLaVA-1.5's 576 image tokens + 128 of text.
     "decoder-704": Case(8, 1024, 16, 16, 2816, 704),
+    # In the dtype of a GPU: how many (S, width) tensors a layer keeps carries over to a 7B model.
+    "decoder-704-bf16": Case(8, 1024, 16, 16, 2816, 704, dtype="bfloat16"),
     "decoder-4096": Case(8, 1024, 16, 16, 2816, 4096),
     "decoder-704-16-targets": Case(8, 1024, 16, 16, 2816, 704, targets=16),
     # SmolLM2-135M's decoder (the language model of SmolVLM-256M) at 1024 columns.

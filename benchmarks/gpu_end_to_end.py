@@ -5,6 +5,9 @@ both memory and time: one variant after the other, since the eager ones fill the
 more at the end, for the drift. Memory is the peak above the weights and the input embeddings. A variant that does not
 fit is recorded as such. Before each variant the allocator gives back what it holds.
 
+``difference`` of a variant's rows from `fast`'s, without the self entries, relative L1: rounding, apart from the pruned
+ones. A bf16 model's own rounding is of the order of 1e-2 (docs/pruned-sweep.md).
+
 The image's tokens are given as embeddings, as a vision tower's output would be; the tower is not run.
 """
 
@@ -74,10 +77,14 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Figures of every variant; from the (monotonic) moment ``until`` on, no other is begun."""
     inputs, targets = end_to_end.build_inputs(case, device)
+    rows: dict[str, Any] = {}
 
     def figures_of(variant: str) -> dict[str, Any]:
         call = end_to_end.work(variant, model, inputs, targets)
-        call()  # compiles, and plans
+        result = call()  # compiles, and plans
+        if variant not in ("forward", "forward_backward"):
+            rows[variant] = without_self(result, targets)
+        del result
         extra = machine.peak_extra_bytes(call, device)
         times = [machine.seconds(call, device)]
         affordable = min(rounds, int(SECONDS_OF_ONE / max(times[0], 1e-9)))
@@ -103,8 +110,20 @@ def measure(
         for found in figures.values():
             if not isinstance(found["seconds"], str):
                 found["time_ratio"] = found["seconds"] / base["seconds"]
+    for variant, found in figures.items():
+        if variant in rows and "fast" in rows:
+            found["difference"] = ((rows[variant] - rows["fast"]).abs().sum() / rows["fast"].abs().sum()).item()
     end_to_end.add_memory_ratios(figures)
     return figures
+
+
+def without_self(rows: Any, targets: list[tuple[int, int, int]]) -> Any:
+    """(N, S) rows in fp64 on the CPU, zero where a target looks at itself."""
+    import torch
+
+    stacked = torch.stack([row.double().cpu() for row in rows])
+    stacked[torch.arange(len(targets)), torch.tensor([row for _, row, _ in targets])] = 0
+    return stacked
 
 
 def further_targets(cases: dict[str, Any]) -> dict[str, dict[str, float]]:
