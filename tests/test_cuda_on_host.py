@@ -7,6 +7,7 @@ What cannot: races beyond a missing wait, and speed.
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +47,13 @@ class Kernels:
     operator: str
 
     def __call__(
-        self, case: Case, *, tensor_cores: bool = True, multiprocessors: int = 0, backwards: bool = False
+        self,
+        case: Case,
+        *,
+        tensor_cores: bool = True,
+        multiprocessors: int = 0,
+        backwards: bool = False,
+        atomics: bool = False,
     ) -> tuple[Tensor, ...]:
         """The results, the product last; as many blocks share a head's rows as with so many multiprocessors."""
         start, end = (t.to(torch.int32).contiguous() for t in case.ranges.unbind(-1))
@@ -68,9 +75,7 @@ class Kernels:
             integers((batch, targets, heads, key_heads, queries, keys, width, gradients)),
             integers([stride for tensor in laid_out for stride in tensor.stride()[:-1]]),
             ctypes.c_float(width**-0.5),
-            multiprocessors,
-            int(tensor_cores),
-            int(backwards),
+            (ctypes.c_int32 * 4)(multiprocessors, tensor_cores, backwards, atomics),
             pointers(results),
         )
         return tuple(results)
@@ -227,6 +232,15 @@ def test_rows_shared_among_blocks(dtype: torch.dtype, product: Kernels) -> None:
     assert not torch.equal(product(case, multiprocessors=5)[0], product(case)[0])
 
 
+@pytest.mark.parametrize("multiprocessors", [0, 5])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_atomics(dtype: torch.dtype, multiprocessors: int, product: Kernels) -> None:
+    """Of rows shared among blocks, of heads and of more targets than one block takes on."""
+    case = make_case(batch=2, heads=2, targets=5, queries=260, keys=70, width=24, causal=False, dtype=dtype)
+    assert_accurate(product, case, multiprocessors=multiprocessors, atomics=True)
+    assert_equal(product(make_case(queries=0, keys=9), atomics=True), (torch.zeros(1, 1, 9),))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_order_of_threads_does_not_matter(dtype: torch.dtype, kernels: Kernels) -> None:
     case = make_case(batch=2, heads=2, targets=3, queries=97, keys=131, width=37, dtype=dtype, window=50)
@@ -349,3 +363,14 @@ def test_ranges_that_leave_the_keys_are_clamped(dtype: torch.dtype, kernels: Ker
     case = make_case(queries=40, causal=False, dtype=dtype)
     wild = torch.tensor([-5, 2**31 - 1], dtype=torch.int32).expand(1, 40, 2)
     assert_equal(kernels(replace(case, ranges=wild)), kernels(case))
+
+
+def test_launching_neither_waits_for_the_device_nor_allocates() -> None:
+    """Everything else of the CUDA runtime is kept out of the entry points: these calls may be made while a stream is
+    captured in a graph (CUDA Programming Guide, "CUDA Graphs", prohibited operations), and memory comes from torch."""
+    sources = [path.read_text() for path in (NATIVE_SOURCES.parents[1] / "csrc" / "cuda").iterdir()]
+    called = {name for source in sources for name in re.findall(r"\b(cu(?:da)?[A-Z]\w+)\(", source)}
+    device = {"cudaGetDevice", "cudaSetDevice", "cudaDeviceGetAttribute", "cudaFuncSetAttribute"}
+    assert called == device | {"cudaGetLastError", "cudaGetErrorString"}
+    launches = [launch for source in sources for launch in re.findall(r"<<<(.*?)>>>", source)]
+    assert launches == ["grid, kThreads, shared_bytes, stream"]

@@ -4,7 +4,8 @@
 // Three kernels, and nothing between them but the stream's order:
 //   outline_tiles              what every tile of query rows sees, so that tiles that add nothing are passed over
 //   relevancy_product_columns  one block per (keys, head, share of the rows, sample): weighted column sums
-//   average_heads              adds the blocks' sums up, always in the same order: no atomics, the same bits every time
+//   average_heads              adds the blocks' sums up, always in the same order: the same bits every time
+// Asked for atomics, average_heads comes first and clears the result, to which the blocks then add in any order.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +19,7 @@ namespace fastxai::cuda {
 struct Plan {
   int tiles;   // of kTileRows query rows, per sample
   int splits;  // blocks that share the tiles of one head
+  bool atomics;
   RowShape shape;
 };
 
@@ -101,7 +103,8 @@ __device__ inline void add_columns(const float (&product)[Tiles::kThreadKeys][kC
   }
 }
 
-// Grid: (blocks of keys, H·splits, B·chunks of targets). partial: (B, H·splits, N, Sk); every entry is written.
+// Grid: (blocks of keys, H·splits, B·chunks of targets). partial: (B, H·splits, N, Sk); every entry is written, unless
+// with atomics, when there is none.
 template <typename Tiles>
 __global__ void __launch_bounds__(kThreads, 2)
     relevancy_product_columns(const RelevancyProduct problem, const Plan plan, const TileRange* ranges,
@@ -193,8 +196,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
 
-  float* own =
-      partial + ((static_cast<int64_t>(b) * gridDim.y + blockIdx.y) * problem.targets + first_target) * problem.keys;
+  const int64_t part = plan.atomics ? b : static_cast<int64_t>(b) * gridDim.y + blockIdx.y;
+  float* own = (plan.atomics ? problem.result : partial) + (part * problem.targets + first_target) * problem.keys;
   for (int n = 0; n < targets; ++n) {
     Sums<kKeys> sum = sums[n * kThreads];
 #pragma unroll
@@ -203,13 +206,19 @@ __global__ void __launch_bounds__(kThreads, 2)
         sum.key[a] += __shfl_xor_sync(~0u, sum.key[a], step);
       }
       const int j = first_key + Tiles::key(a);
-      if (lane() % Tiles::kLanesPerKey == 0 && j < last_key) own[n * problem.keys + j] = sum.key[a];
+      if (lane() % Tiles::kLanesPerKey != 0 || j >= last_key) continue;
+      if (plan.atomics) {
+        atomicAdd(own + n * problem.keys + j, sum.key[a] / static_cast<float>(problem.heads));
+      } else {
+        own[n * problem.keys + j] = sum.key[a];
+      }
     }
   }
 }
 
-inline Plan make_plan(const RelevancyProduct& problem, const Device& device) {
+inline Plan make_plan(const RelevancyProduct& problem, const Device& device, bool atomics) {
   Plan plan;
+  plan.atomics = atomics;
   plan.tiles = static_cast<int>(blocks(problem.queries, kTileRows));
   // Small problems share a head's rows among blocks until every multiprocessor has about four, but no block has less
   // than four tiles. The number of targets has no say, so that it changes no bit of the result.
@@ -232,7 +241,7 @@ inline int64_t tile_range_count(const RelevancyProduct& problem, const Plan& pla
   return problem.batch * plan.tiles;
 }
 inline int64_t partial_count(const RelevancyProduct& problem, const Plan& plan) {
-  return problem.batch * problem.heads * plan.splits * problem.targets * problem.keys;
+  return plan.atomics ? 0 : problem.batch * problem.heads * plan.splits * problem.targets * problem.keys;
 }
 
 // Of one block: the tiles, a sum per thread and target, the list of tiles and its length.
@@ -278,6 +287,12 @@ void launch_kernels(const RelevancyProduct& problem, const Plan& plan, const Dev
     launch(outline_tiles, dim3(static_cast<unsigned>(blocks(plan.tiles, kWarps)), batch, 1), 0, problem.key_start,
            problem.key_end, problem.row, problem.targets, problem.queries, problem.keys, plan.tiles, ranges);
   }
+  const auto add_up = [&](int64_t parts) {
+    const int64_t columns = problem.targets * problem.keys;
+    launch(average_heads, dim3(static_cast<unsigned>(blocks(columns, kThreads)), batch, 1), 0, partial, problem.result,
+           parts, columns, problem.heads);
+  };
+  if (plan.atomics) add_up(0);
   switch (problem.element) {
     case Element::kFloat32:
       launch_columns<FmaTiles<float>>(problem, plan, ranges, partial, launch);
@@ -289,9 +304,7 @@ void launch_kernels(const RelevancyProduct& problem, const Plan& plan, const Dev
       launch_columns_16_bit<Float16>(problem, plan, device.tensor_cores, ranges, partial, launch);
       break;
   }
-  const int64_t columns = problem.targets * problem.keys;
-  launch(average_heads, dim3(static_cast<unsigned>(blocks(columns, kThreads)), batch, 1), 0, partial, problem.result,
-         problem.heads * plan.splits, columns, problem.heads);
+  if (!plan.atomics) add_up(problem.heads * plan.splits);
 }
 
 }  // namespace fastxai::cuda

@@ -28,27 +28,33 @@ void fill(Problem& p, int32_t element, const void* const* tensors, const int64_t
 
 }  // namespace
 
+// As test_cuda_on_host.py has it.
+struct Options {
+  int32_t multiprocessors, tensor_cores, backwards, atomics;
+
+  Device device() const { return {multiprocessors, tensor_cores != 0}; }
+  cuda_on_host::Launch launch() const { return {kThreads, backwards != 0}; }
+};
+
 // tensors: query, key, value, grad_output, logsumexp, row, key_start, key_end. sizes: B, N, H, Hkv, Sq, Sk, d, and the
 // gradients, N or 1. Tells how many blocks shared a head's rows.
 extern "C" int relevancy_product(int32_t element, const void* const* tensors, const int64_t* sizes,
-                                 const int64_t* strides, float scale, int32_t multiprocessors, int32_t tensor_cores,
-                                 int32_t backwards, void* const* results) {
+                                 const int64_t* strides, float scale, const Options* options, void* const* results) {
   fastxai::RelevancyProduct p{};
   fill(p, element, tensors, sizes, strides, scale);
   p.grad_targets = sizes[7], p.result = static_cast<float*>(results[0]);
 
-  const Device device{multiprocessors, tensor_cores != 0};
-  const Plan plan = make_plan(p, device);
+  const Plan plan = make_plan(p, options->device(), options->atomics != 0);
   std::vector<TileRange> ranges(static_cast<size_t>(tile_range_count(p, plan)));
   std::vector<float> partial(static_cast<size_t>(partial_count(p, plan)), NAN);
-  launch_kernels(p, plan, device, ranges.data(), partial.data(), cuda_on_host::Launch{kThreads, backwards != 0});
+  launch_kernels(p, plan, options->device(), ranges.data(), partial.data(), options->launch());
   return plan.splits;
 }
 
 // tensors, then output; strides, then three of output. results: grad_query, grad_key, grad_value, product.
 extern "C" void attention_backward_relevancy(int32_t element, const void* const* tensors, const int64_t* sizes,
-                                             const int64_t* strides, float scale, int32_t, int32_t tensor_cores,
-                                             int32_t backwards, void* const* results) {
+                                             const int64_t* strides, float scale, const Options* options,
+                                             void* const* results) {
   fastxai::AttentionBackwardRelevancy p{};
   fill(p, element, tensors, sizes, strides, scale);
   p.output = tensors[8];
@@ -61,6 +67,5 @@ extern "C" void attention_backward_relevancy(int32_t element, const void* const*
   std::vector<RowState> states(static_cast<size_t>(state_count(p)));
   std::memset(static_cast<void*>(states.data()), 0xff, states.size() * sizeof(RowState));
   std::vector<float> partial(static_cast<size_t>(partial_count(p)), NAN);
-  launch_kernels(p, plan, Device{0, tensor_cores != 0}, ranges.data(), states.data(), partial.data(),
-                 cuda_on_host::Launch{kThreads, backwards != 0});
+  launch_kernels(p, plan, options->device(), ranges.data(), states.data(), partial.data(), options->launch());
 }

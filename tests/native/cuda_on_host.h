@@ -180,6 +180,12 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   return own;
 }
 
+inline float atomicAdd(float* sum, float value) {
+  const float before = *sum;
+  *sum += value;
+  return before;
+}
+
 inline int __popc(unsigned bits) {
   return __builtin_popcount(bits);
 }
