@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import models
 import oracle
 import pytest
@@ -365,7 +366,6 @@ def test_the_two_devices_of_the_test_do_not_mix() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "llava"])
 def test_layers_that_accelerate_keeps_on_disk(name: str, tmp_path: Path) -> None:
-    import accelerate
     whole, inputs = models.build(name, torch.float32, layers=4, text=40)
     spread: Any = models.make_model(name, torch.float32, layers=4)
     before = fingerprint(spread)
