@@ -63,36 +63,33 @@ def cases(rehearse: bool) -> dict[str, op.Case]:
     return found
 
 
-def measure(case: op.Case, device: str, side: int) -> dict[str, Any]:
-    """All figures of a case: seconds and rates, ``machine.OUT_OF_MEMORY``, or the reason why there is none."""
-    rate = matrix_product_rate(device, side)
+def measure(case: op.Case, device: str, side: int, copied: float) -> dict[str, Any]:
+    """All figures of a case: seconds and rates, ``machine.OUT_OF_MEMORY``, or the reason why there is none.
+
+    Args:
+        side: of the square matrix product.
+        copied: bytes per second of a copy.
+    """
+    limits = matrix_product_rate(device, side), copied
     arguments, options = op.build(case, device)
     query, key, value, grad_output, logsumexp, row = arguments
     operations = op.operations(case, options["key_ranges"])
-    figures: dict[str, Any] = {"matrix_product_tflops": rate / 1e12, "operations": operations}
+    figures: dict[str, Any] = {"matrix_product_tflops": limits[0] / 1e12, "operations": operations}
 
     product = backends_of("relevancy_product", arguments, options)
-    figures["relevancy_product"] = timed(product, operations, rate, device)
-    if "attention_backward_relevancy" not in _operators():
-        return figures
+    figures["relevancy_product"] = timed(product, operations, limits, device)
 
     # What the sweep runs: the flash attention of the forward, whose backward is called once for each target.
     output, library = flash_backward(query, key, value, grad_output, options["key_ranges"])
     arguments = (query, key, value, output, grad_output, logsumexp, row)
     fused_operations = operations / (1 + case.targets) * (1 + 4 * case.targets)
-    figures["library_backward"] = timed({"library": library}, 0.0, rate, device)
+    figures["library_backward"] = timed({"library": library}, 0.0, limits, device)
     del library
     fused = backends_of("attention_backward_relevancy", arguments, options)
-    figures["attention_backward_relevancy"] = timed(fused, fused_operations, rate, device)
+    figures["attention_backward_relevancy"] = timed(fused, fused_operations, limits, device)
     figures["ratios"] = ratios(figures)
     figures["ratio"] = min(figures["ratios"].values(), default=None)
     return figures
-
-
-def _operators() -> tuple[str, ...]:
-    from lvlm_fastxai import ops
-
-    return ops.operators()
 
 
 def matrix_product_rate(device: str, side: int) -> float:
@@ -132,9 +129,10 @@ def backends_of(
 
 
 def timed(
-    calls: dict[str, Callable[[], Any] | str], operations: float, matrix_rate: float, device: str
+    calls: dict[str, Callable[[], Any] | str], operations: float, limits: tuple[float, float], device: str
 ) -> dict[str, Any]:
-    """Seconds of each call and, where operations are given, its rate, also as a share of the matrix product's.
+    """Seconds of each call and, where operations are given, its rate, also as a share of the matrix product's, and
+    the bytes of its arguments and results, each moved once, over its seconds, as a share of the copy's.
 
     ``difference``: of the product (the last of an operator's results) from the first backend's, relative L1.
     """
@@ -154,24 +152,32 @@ def timed(
         if isinstance(taken, str):
             found[name] = {"seconds": taken}
             continue
-        seconds, product = taken
+        seconds, product, results = taken
         found[name] = {"seconds": seconds}
         if operations:
             first = product if first is None else first
             found[name] |= {
                 "tflops": operations / seconds / 1e12,
-                "share_of_matrix_rate": operations / seconds / matrix_rate,
+                "share_of_matrix_rate": operations / seconds / limits[0],
+                "share_of_copy_rate": (results + bytes_of_arguments(call)) / seconds / limits[1],
                 "difference": ((product - first).abs().sum() / first.abs().sum()).item(),
             }
     return found
 
 
-def time_and_result(call: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Median seconds, and the last of what the call returns in fp64 (None where it returns nothing)."""
+def time_and_result(call: Callable[[], Any], device: str) -> tuple[float, Any, int]:
+    """Median seconds, the last of what the call returns in fp64, and the bytes of all of it; None where it is None."""
     seconds = machine.median_seconds(call, device)
     result = call()
-    last = result[-1] if isinstance(result, tuple) else result
-    return seconds, None if last is None else last.double()
+    if result is None:
+        return seconds, None, 0
+    results = result if isinstance(result, tuple) else (result,)
+    return seconds, results[-1].double(), sum(tensor.nbytes for tensor in results)
+
+
+def bytes_of_arguments(call: Any) -> int:
+    """Bytes of the tensors that a partial call takes."""
+    return sum(tensor.nbytes for tensor in call.args)
 
 
 def flash_backward(query: Any, key: Any, value: Any, grad_output: Any, key_ranges: Any) -> tuple[Any, Callable]:
@@ -256,12 +262,13 @@ def main(args: argparse.Namespace) -> int:
         wanted = {name: wanted[name] for name in args.case}
     side, size = (128, 2**16) if args.rehearse else (MATRIX, COPIED_BYTES)
     head, left_out, failed = machine.describe(), list(wanted), []
-    results: dict[str, Any] = {"copy_gigabytes_per_second": copy_rate(args.device, size) / 1e9, "cases": {}}
+    copied = copy_rate(args.device, size)
+    results: dict[str, Any] = {"copy_gigabytes_per_second": copied / 1e9, "cases": {}}
     results |= {"left_out": left_out, "failed": failed}
     for name, case in wanted.items():
         if time.monotonic() - started > args.seconds:
             break
-        figures = machine.attempt(partial(measure, case, args.device, side), args.device)
+        figures = machine.attempt(partial(measure, case, args.device, side, copied), args.device)
         figures = {"set_up": figures} if isinstance(figures, str) else figures
         machine.free(args.device)
         left_out.remove(name)

@@ -38,6 +38,7 @@ def test_the_rehearsal_runs_every_step_that_needs_no_gpu(tmp_path: Path) -> None
     assert set(results["op"]["cases"]) == set(gpu_op.cases(rehearse=True)) and not results["op"]["left_out"]
     for figures in results["op"]["cases"].values():
         assert figures["relevancy_product"]["reference"]["seconds"] > 0
+        assert figures["relevancy_product"]["reference"]["share_of_copy_rate"] > 0
         assert figures["attention_backward_relevancy"]["reference"]["difference"] < 0.01
         assert figures["library_backward"]["library"]["seconds"] > 0
     for name, (_, variants) in gpu_end_to_end.REHEARSED_CASES.items():
