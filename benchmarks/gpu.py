@@ -539,8 +539,10 @@ def main(args: argparse.Namespace) -> int:
         return 1
     head = json.loads(described.stdout.splitlines()[-1])
     device = args.device or ("cuda" if head["gpu"] else "cpu")
-    if device == "cuda" and not head["gpu"]:
-        print("no GPU that torch can use")
+    # A rehearsal must not pass for a run where a GPU is there and this torch cannot use it.
+    wanted = args.device == "cuda" or (args.device is None and shutil.which("nvidia-smi") is not None)
+    if wanted and not head["gpu"]:
+        print(f"torch {head['torch']} of {sys.executable} finds no GPU to use")
         return 1
     rehearse = args.rehearse or device == "cpu"
     head |= {"commit": args.commit or head["commit"], "rehearsal": rehearse}

@@ -79,6 +79,7 @@ def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path: Path, monkeypatch: 
     # The last one's limit is all the time there is, so that the others' are not stretched.
     steps = gpu.Step("fails", 1, 3, fails), gpu.Step("hangs", 1, 3, hangs), gpu.Step("looks", 1, 1000, looks)
     monkeypatch.setattr(gpu, "STEPS", steps)
+    monkeypatch.setattr(gpu.signal, "signal", lambda number, handler: None)  # this process is pytest's
     assert gpu.main(options(tmp_path)) == 1
     written = json.loads((tmp_path / "gpu.json").read_text())["results"]["steps"]
     assert [step["outcome"] for step in written.values()] == ["failed", "timed out", "passed"]
@@ -86,6 +87,18 @@ def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path: Path, monkeypatch: 
     # Written after every step: whoever stops the last one has the figures of those before it.
     before = json.loads(seen[0])["results"]
     assert before["fails"] == {"figure": 1} and set(before["steps"]) == {"fails", "hangs"}
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_reason_for_a_rehearsal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "nvidia-smi").touch(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(gpu.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(gpu, "environment", lambda: {**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert gpu.main(options(tmp_path, device=None)) == 1
+    assert "finds no GPU to use" in capsys.readouterr().out
+    assert not (tmp_path / "gpu.json").exists()
 
 
 def test_later_steps_keep_the_time_that_they_need() -> None:
