@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -143,3 +143,36 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "left_padding": {"lengths": torch.tensor([[29, 130], [0, 130]])},
     "window_and_padding": {"window": 30, "lengths": torch.tensor([[29, 130], [0, 130]])},
 }
+
+
+def prefix_and_image_block() -> Tensor:
+    """PaliGemma's prefix of 50 and Gemma 3's image block 60 … 90 are ranges like any other."""
+    position = torch.arange(120)
+    end = torch.where(position < 50, 50, position + 1)
+    end = torch.where((position >= 60) & (position < 90), 90, end)
+    return torch.stack((torch.zeros_like(end), end), -1)[None].to(torch.int32)
+
+
+def _problems() -> Iterator[Any]:
+    def param(name: str, **options: Any) -> Any:
+        return pytest.param(options, id=name)
+
+    for dtype in DTYPES:
+        short = str(dtype).removeprefix("torch.")
+        for name, layout in LAYOUTS.items():
+            yield param(f"{name}-{short}", batch=2, targets=2, queries=130, dtype=dtype, **layout)
+        for length in LENGTHS:
+            yield param(f"length-{length}-{short}", heads=2, key_heads=1, queries=length, dtype=dtype)
+        for width in (1, 17, 64, 72, 80, 96, 128, 256, 300):
+            yield param(f"width-{width}-{short}", queries=100, width=width, dtype=dtype)
+    for heads, key_heads in ((1, 1), (8, 8), (8, 2), (9, 3), (6, 1)):
+        yield param(f"heads-{heads}-{key_heads}", batch=2, heads=heads, key_heads=key_heads, queries=70)
+    for queries, keys in ((1, 300), (40, 300), (300, 300), (300, 40)):
+        for causal in (True, False):
+            name = f"{queries}-queries-{keys}-keys{'-causal' if causal else ''}"
+            yield param(name, queries=queries, keys=keys, causal=causal)
+    yield param("prefix-and-image-block", queries=120, ranges=prefix_and_image_block())
+
+
+# Options of `make_case`: what every backend of every operator is compared with the twin on.
+PROBLEMS = list(_problems())

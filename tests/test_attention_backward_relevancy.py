@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKENDS, DTYPES, INTERPRETED, LAYOUTS, LENGTHS, Case, as_view, device_of, make_case, native
+from cases import BACKENDS, DTYPES, INTERPRETED, PROBLEMS, Case, as_view, device_of, make_case, native
 from torch import Tensor
 
 import lvlm_fastxai as fx
@@ -91,34 +91,9 @@ def dense_without_delta(problem: Backward) -> tuple[Tensor, ...]:
     return replace(problem, output=torch.zeros_like(problem.output)).dense()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layouts(layout: dict[str, Any], dtype: torch.dtype, backend: str, poisoned_empty: None) -> None:
-    assert_accurate(make(batch=2, targets=2, queries=130, dtype=dtype, **layout), backend)
-
-
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_odd_lengths(length: int, dtype: torch.dtype, backend: str, poisoned_empty: None) -> None:
-    assert_accurate(make(heads=2, key_heads=1, queries=length, dtype=dtype), backend)
-
-
-@pytest.mark.parametrize("width", [1, 17, 64, 72, 80, 96, 128, 256, 300])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_head_widths(width: int, dtype: torch.dtype, backend: str, poisoned_empty: None) -> None:
-    assert_accurate(make(queries=100, width=width, dtype=dtype), backend)
-
-
-@pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (8, 8), (8, 2), (9, 3), (6, 1)])
-def test_grouped_heads(heads: int, key_heads: int, backend: str, poisoned_empty: None) -> None:
-    assert_accurate(make(batch=2, heads=heads, key_heads=key_heads, queries=70), backend)
-
-
-@pytest.mark.parametrize(("queries", "keys"), [(1, 300), (40, 300), (300, 40)])
-def test_queries_and_keys_of_different_length(queries: int, keys: int, backend: str, poisoned_empty: None) -> None:
-    assert_accurate(make(queries=queries, keys=keys, causal=False), backend)
-    if keys > queries:
-        assert_accurate(make(queries=queries, keys=keys), backend)
+@pytest.mark.parametrize("options", PROBLEMS)
+def test_equals_the_twin(options: dict[str, Any], backend: str, poisoned_empty: None) -> None:
+    assert_accurate(make(**options), backend)
 
 
 def test_ranges_in_any_order(backend: str, poisoned_empty: None) -> None:

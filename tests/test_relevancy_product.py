@@ -15,8 +15,7 @@ from cases import (
     BACKENDS,
     DTYPES,
     INTERPRETED,
-    LAYOUTS,
-    LENGTHS,
+    PROBLEMS,
     Case,
     as_view,
     assert_same,
@@ -50,27 +49,9 @@ def assert_accurate(case: Case, backend: str = "cpu") -> None:
         assert relative_error(result, truth) <= 2 * relative_error(eager, truth)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layouts(layout: dict[str, Any], dtype: torch.dtype, backend: str, poisoned_empty: None) -> None:
-    assert_accurate(make_case(batch=2, targets=2, queries=130, dtype=dtype, **layout), backend)
-
-
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_odd_lengths(length: int, dtype: torch.dtype, backend: str, poisoned_empty: None) -> None:
-    assert_accurate(make_case(heads=2, key_heads=1, queries=length, dtype=dtype), backend)
-
-
-@pytest.mark.parametrize("width", [1, 17, 64, 72, 80, 96, 128, 256, 300])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_head_widths(width: int, dtype: torch.dtype, backend: str, poisoned_empty: None) -> None:
-    assert_accurate(make_case(queries=100, width=width, dtype=dtype), backend)
-
-
-@pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (8, 8), (8, 2), (9, 3), (6, 1)])
-def test_grouped_heads(heads: int, key_heads: int, backend: str, poisoned_empty: None) -> None:
-    assert_accurate(make_case(batch=2, heads=heads, key_heads=key_heads, queries=70), backend)
+@pytest.mark.parametrize("options", PROBLEMS)
+def test_equals_the_twin(options: dict[str, Any], backend: str, poisoned_empty: None) -> None:
+    assert_accurate(make_case(**options), backend)
 
 
 @pytest.mark.parametrize("targets", [1, 2, 7])
@@ -90,21 +71,6 @@ def test_targets(targets: int, shared_gradient: bool, backend: str, poisoned_emp
         dim=1,
     )
     assert_same(case.run(backend), alone, backend)
-
-
-@pytest.mark.parametrize(("queries", "keys"), [(1, 300), (40, 300), (300, 300), (300, 40)])
-def test_queries_and_keys_of_different_length(queries: int, keys: int, backend: str, poisoned_empty: None) -> None:
-    assert_accurate(make_case(queries=queries, keys=keys), backend)
-    assert_accurate(make_case(queries=queries, keys=keys, causal=False), backend)
-
-
-def test_bidirectional_prefix_and_image_blocks(backend: str, poisoned_empty: None) -> None:
-    """PaliGemma's prefix of 50 and Gemma 3's image block 60 … 90 are ranges like any other."""
-    position = torch.arange(120)
-    end = torch.where(position < 50, 50, position + 1)
-    end = torch.where((position >= 60) & (position < 90), 90, end)
-    ranges = torch.stack((torch.zeros_like(end), end), -1)[None].to(torch.int32)
-    assert_accurate(make_case(queries=120, ranges=ranges), backend)
 
 
 def test_ranges_in_any_order(backend: str, poisoned_empty: None) -> None:
