@@ -148,6 +148,20 @@ def plan_attention(key_ranges: Tensor, *, keep_biases: bool = True) -> Attention
     return AttentionPlan(key_ranges, tuple(segments), keep_biases)
 
 
+def plan_blind(key_ranges: Tensor, keys: int) -> AttentionPlan:
+    """Cover (B, Sq, 2) key ranges without a look at them: blocks of at most ``ROW_BLOCK`` rows over all keys, masked.
+
+    A look is a transfer to the host, for which an accelerator waits with nothing to do.
+    """
+    batch, rows = key_ranges.shape[:2]
+    segments = [
+        Segment(slice(sample, sample + 1), slice(top, min(top + ROW_BLOCK, rows)), slice(0, keys), masked=True)
+        for sample in range(batch)
+        for top in range(0, rows, ROW_BLOCK)
+    ]
+    return AttentionPlan(key_ranges, tuple(segments), keep_biases=False)
+
+
 def _row_segments(ranges: Tensor) -> list[tuple[int, int, int, int, bool, bool]]:
     """(top, bottom, first key, last key, causal, masked) for one sample's (Sq, 2) ranges, empty rows left out."""
     starts, ends = ranges[:, 0].tolist(), ranges[:, 1].tolist()
@@ -253,7 +267,8 @@ def attention(
     tape = current_tape.get()
     if tape is not None and tape.given is not None:
         key, value, ranges = tape.given
-        plan = plan_attention(ranges, keep_biases=False)
+        on_host = ranges.device.type == "cpu"
+        plan = plan_attention(ranges, keep_biases=False) if on_host else plan_blind(ranges, key.shape[2])
     else:
         plan = _plan_for(module, query, key, attention_mask, is_causal)
     if tape is not None and tape.keys_only:
@@ -418,9 +433,9 @@ class _Blocked:
         outputs, logsumexps = [], []
         for top in range(0, call.query.shape[2], ROW_BLOCK):
             scores = _Blocked._scores(call, key, top)
-            logsumexp = scores.logsumexp(-1, keepdim=True)
-            outputs.append((scores - logsumexp).exp().to(value.dtype) @ value)
-            logsumexps.append(logsumexp[..., 0])
+            logsumexp = scores.logsumexp(-1)
+            outputs.append(_Blocked._probability(scores, logsumexp).to(value.dtype) @ value)
+            logsumexps.append(logsumexp)
         return torch.cat(outputs, 2), torch.cat(logsumexps, 2), ()
 
     @staticmethod
@@ -433,7 +448,7 @@ class _Blocked:
         grad_key, grad_value = (torch.zeros(key.shape, dtype=dtype, device=key.device) for _ in range(2))
         for top in range(0, query.shape[2], ROW_BLOCK):
             rows = (slice(None), slice(None), slice(top, top + ROW_BLOCK))
-            probability = (_Blocked._scores(call, key, top) - logsumexp[rows][..., None]).exp()
+            probability = _Blocked._probability(_Blocked._scores(call, key, top), logsumexp[rows])
             grad_probability = (grad[rows] @ value.mT).to(dtype)
             delta = (grad[rows].to(dtype) * output[rows]).sum(-1, keepdim=True)
             grad_scores = (probability * (grad_probability - delta) * call.scale).to(query.dtype)
@@ -441,6 +456,11 @@ class _Blocked:
             grad_key += grad_scores.mT @ query[rows]
             grad_value += probability.to(grad.dtype).mT @ grad[rows]
         return grad_query, _sum_groups(call, grad_key), _sum_groups(call, grad_value)
+
+    @staticmethod
+    def _probability(scores: Tensor, logsumexp: Tensor) -> Tensor:
+        # A row that sees no key has a logsumexp of -inf, which would make NaN of its zeros.
+        return (scores - logsumexp.masked_fill(logsumexp == -math.inf, 0)[..., None]).exp()
 
     @staticmethod
     def _scores(call: Call, key: Tensor, top: int) -> Tensor:

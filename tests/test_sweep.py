@@ -352,8 +352,12 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("library", [attention._CpuFlash, attention._Blocked])
-def test_attention_equals_the_dense_one(layout: str, library: type, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("library", "blind"), [(attention._CpuFlash, False), (attention._Blocked, False), (attention._Blocked, True)]
+)
+def test_attention_equals_the_dense_one(
+    layout: str, library: type, blind: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Output and all gradients against masked softmax attention in fp64, whatever segments the plan chose."""
     monkeypatch.setattr(attention, "ROW_BLOCK", 8)
     monkeypatch.setattr(attention, "_library", lambda query: library)
@@ -372,7 +376,8 @@ def test_attention_equals_the_dense_one(layout: str, library: type, monkeypatch:
     probability = scores.softmax(-1) * visible
     dense = probability @ value.repeat_interleave(2, 1)
     tape = attention.LayerTape()
-    ours = attention.FlashAttention.apply(query, key, value, attention.plan_attention(ranges), 0.3, tape)
+    plan = attention.plan_blind(ranges, rows) if blind else attention.plan_attention(ranges)
+    ours = attention.FlashAttention.apply(query, key, value, plan, 0.3, tape)
     torch.testing.assert_close(ours, dense)
     seen = visible.any(-1).expand(batch, heads, rows)
     torch.testing.assert_close(tape.logsumexp[seen], scores.logsumexp(-1)[seen])
@@ -383,6 +388,7 @@ def test_attention_equals_the_dense_one(layout: str, library: type, monkeypatch:
         torch.testing.assert_close(left, right)
     assert tape.grad_output is not None
     torch.testing.assert_close(tape.grad_output, upstream)
+    assert all(segment.rows.stop - segment.rows.start <= 8 for segment in plan.segments if segment.masked)
 
 
 def test_plans_use_few_calls() -> None:
