@@ -352,10 +352,10 @@ def test_backward_without_keys(backward: Kernels) -> None:
 
 
 def test_more_rows_than_one_list_of_tiles_holds(backward: Kernels) -> None:
-    """2048 tiles of 32 rows; only the first and the last of all see anything."""
+    """2048 tiles of 32 rows. The first rows see one block of keys, the last both: one block's first list is empty."""
     ranges = torch.zeros(1, 2048 * 32 + 40, 2, dtype=torch.int32)
-    ranges[:, :50, 1] = ranges[:, -60:, 1] = 40
-    assert_accurate(backward, make_case(heads=1, key_heads=1, queries=ranges.shape[1], keys=40, width=1, ranges=ranges))
+    ranges[:, :50, 1], ranges[:, -60:, 1] = 40, 80
+    assert_accurate(backward, make_case(heads=1, key_heads=1, queries=ranges.shape[1], keys=80, width=1, ranges=ranges))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

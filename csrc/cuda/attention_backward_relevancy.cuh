@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   float sum[kLeft] = {};
 
   for (int begin = 0; begin < plan.tiles; begin += kMaxListed) {
-    // The list before this one has been read to its end.
+    // Every thread knows how long the list before this one was.
     __syncthreads();
     const int listed = list_tiles(ranges + b * plan.tiles, begin, 1, smaller(begin + kMaxListed, plan.tiles), first_key,
                                   last_key, list + 1, list);

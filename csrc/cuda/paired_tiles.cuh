@@ -41,7 +41,7 @@ __device__ inline void copy_states(const RowState* states, int count, RowState* 
 // elements' type as the tensor cores want them.
 template <typename T, int kWidth, int kSums>
 class TensorCorePairs {
-  // The sums take 128 of a thread's 255 registers, or 64 or 96.
+  // The sums then take at most 128 of a thread's 255 registers.
   static constexpr int kSlabs = kWidth <= 64 ? 2 : 1;
   static constexpr int kParts = kWidth * kSums > 256 ? 2 : 1;
   static constexpr int kColumns = kWidth / kParts;
