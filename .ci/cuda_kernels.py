@@ -30,7 +30,7 @@ INSTRUCTIONS = {
     "tensor core": re.compile(r"\bHMMA\.16816\."),
     "16-byte copy": re.compile(r"\bLDGSTS\.E(\.\w+)*\.128\b"),
     "16-byte load": re.compile(r"\bLDG\.E(\.\w+)*\.128\b"),
-    "matrix load": re.compile(r"\bLDSM\.16\.M88\.4\b|\bLDSM\.\w*\.?M88\.4\b"),
+    "matrix load": re.compile(r"\bLDSM\.(16\.)?MT?88\.4\b"),
     "local memory": re.compile(r"\b(LDL|STL)\b"),
 }
 
