@@ -8,7 +8,7 @@ Prediction, written before the first run: five matrix products in the place of s
 where torch's backward is as fast as its own matrix products, and less for rows in an irregular order, for which it is
 called in blocks with a mask.
 
-Measured (results/backward.json): MEASURED. The prediction took torch's backward for as fast as its matrix
+Measured (results/backward.json): 0.27 to 0.48. The prediction took torch's backward for as fast as its matrix
 products; the fused one alone takes about half as long as it.
 """
 
