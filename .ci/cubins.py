@@ -18,20 +18,21 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from lvlm_fastxai.triton_kernels import relevancy_product
+from lvlm_fastxai.triton_kernels import attention_backward_relevancy, relevancy_product
+from lvlm_fastxai.triton_kernels._tiles import ALIGNMENT, launch_options
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # Most shared memory that one block of threads can have, in KiB: CUDA C++ Programming Guide, "Compute Capabilities".
-SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+# sm_87 has 163, but what is compiled for it stands for sm_86 and sm_89 too.
+SHARED_KIB = {80: 163, 87: 99, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-WIDTHS = (64, 72, 80, 96, 128, 256)
 TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 # cp.async.cg is always of 16 bytes.
 WIDE_READS = ("ld.global.v4.b32", "cp.async.cg.shared.global")
@@ -39,28 +40,41 @@ NARROW_READS = ("ld.global.b16", "ld.global.u16")
 
 
 class Variant(NamedTuple):
+    kernel: str
     dtype: torch.dtype
     width: int
-    targets: int
-    shared_gradient: bool
+    targets: int = 1
+    shared_gradient: bool = False
 
 
-# The extremes of each choice that `configuration` makes; fp16 compiles to the same as bf16.
+# These have given the same numbers as sm_87 for every variant: they are compiled for one width, to see that they do.
+LIKE_87 = (86, 89)
+WIDTH_OF_ALL = 128
+
+# The extremes of each choice that the two `configuration` make; fp16 compiles to the same as bf16.
 VARIANTS = [
-    *(Variant(torch.bfloat16, width, 1, False) for width in WIDTHS),
-    *(Variant(torch.bfloat16, width, 2, False) for width in WIDTHS if width <= 128),
-    *(Variant(torch.bfloat16, 100, targets, False) for targets in (1, 2)),
-    *(Variant(torch.bfloat16, width, 8, True) for width in (128, 256)),
-    Variant(torch.float16, 128, 2, False),
-    *(Variant(torch.float32, width, 1, False) for width in (64, 300)),
-    Variant(torch.float32, 128, 2, False),
-    Variant(torch.bfloat16, 512, 8, True),
+    *(Variant("column_sums", torch.bfloat16, width) for width in (64, 72, 96, 100, 128, 256)),
+    *(Variant("column_sums", torch.bfloat16, width, 2) for width in (64, 72, 96, 100, 128)),
+    *(Variant("column_sums", torch.bfloat16, width, 8, True) for width in (128, 256, 512)),
+    Variant("column_sums", torch.float16, 128, 2),
+    Variant("column_sums", torch.float32, 64),
+    Variant("column_sums", torch.float32, 128, 2),
+    Variant("column_sums", torch.float32, 300),
+    *(
+        Variant(kernel, dtype, width)
+        for kernel in ("key_gradients", "query_gradients")
+        for dtype, width in (
+            *((torch.bfloat16, width) for width in (64, 72, 96, 100, 128, 256)),
+            (torch.float16, 128),
+            *((torch.float32, width) for width in (128, 300)),
+        )
+    ),
 ]
 
 
 def name(variant: Variant) -> str:
-    gradients = "one gradient" if variant.shared_gradient else "a gradient each"
-    return f"{TYPES[variant.dtype]}, width {variant.width}, targets {variant.targets}, {gradients}"
+    targets = f"{variant.targets}, one gradient" if variant.shared_gradient else str(variant.targets)
+    return f"{variant.kernel}, {TYPES[variant.dtype]}, width {variant.width}, targets {targets}"
 
 
 class Compiled(NamedTuple):
@@ -73,22 +87,30 @@ class Compiled(NamedTuple):
 
 def is_aligned(variant: Variant) -> bool:
     """Whether a contiguous tensor's rows all begin at a multiple of 16 bytes."""
-    return variant.width % relevancy_product.ALIGNMENT == 0
+    return variant.width % ALIGNMENT == 0
 
 
-def source(variant: Variant, chosen: relevancy_product.Configuration) -> ASTSource:
+def source(variant: Variant) -> ASTSource:
     """The kernel with the argument types and alignments of tensors as torch allocates them."""
-    kernel = relevancy_product.column_sums
-    alignment = relevancy_product.ALIGNMENT if is_aligned(variant) else 1
-    constants = relevancy_product.constants(chosen, variant.width, variant.shared_gradient, alignment)
+    alignment = ALIGNMENT if is_aligned(variant) else 1
+    kernel: Any
+    if variant.kernel == "column_sums":
+        kernel = relevancy_product.column_sums
+        configuration = relevancy_product.configuration(*variant[1:])
+        constants = relevancy_product.constants(configuration, variant.width, variant.shared_gradient, alignment)
+    else:
+        kernel = getattr(attention_backward_relevancy, variant.kernel)
+        chosen = attention_backward_relevancy.configuration(variant.dtype, variant.width)
+        tile = chosen.key_tile if variant.kernel == "key_gradients" else chosen.query_tile
+        constants = attention_backward_relevancy.constants(chosen, variant.width, alignment, tile)
     element = f"*{TYPES[variant.dtype]}"
-    types = dict.fromkeys(("query", "key", "value", "grad_output"), element)
-    types |= dict.fromkeys(("logsumexp", "row", "partial"), "*fp32")
+    types = dict.fromkeys(("query", "key", "value", "grad_output", "grad_query", "grad_key", "grad_value"), element)
+    types |= dict.fromkeys(("logsumexp", "delta", "row", "partial"), "*fp32")
     types |= dict.fromkeys(("key_start", "key_end", "tiles", "counts"), "*i32")
-    types |= dict.fromkeys(("score_scale", "head_share"), "fp32")
+    types |= dict.fromkeys(("score_scale", "scale", "head_share"), "fp32")
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     # key_end is a view that begins one element after key_start.
-    aligned = [name for name in types if types[name][0] == "*" and name != "key_end"]
+    aligned = [name for name, kind in signature.items() if kind[0] == "*" and name != "key_end"]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return ASTSource(kernel, signature, constants, attributes)
 
@@ -107,12 +129,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_for(variant: Variant, architecture: int) -> Compiled:
-    chosen = relevancy_product.configuration(variant.dtype, variant.width, variant.targets, variant.shared_gradient)
-    compiled = triton.compile(
-        source(variant, chosen),
-        target=GPUTarget("cuda", architecture, 32),
-        options=relevancy_product.launch_options(),
-    )
+    compiled = triton.compile(source(variant), target=GPUTarget("cuda", architecture, 32), options=launch_options())
     registers, stack = resources(compiled.asm["cubin"])
     used = [name for name in TENSOR_CORES if name in compiled.asm["ptx"]]
     ptx = compiled.asm["ptx"]
@@ -125,7 +142,7 @@ def complaints(architecture: int, variant: Variant, compiled: Compiled) -> list[
     if compiled.stack:
         found.append(f"{compiled.stack} bytes of stack: registers are spilled")
     if compiled.shared > SHARED_KIB[architecture] * 1024:
-        found.append(f"{compiled.shared} bytes of shared memory, the architecture has {SHARED_KIB[architecture]} KiB")
+        found.append(f"{compiled.shared} bytes of shared memory, of {SHARED_KIB[architecture]} KiB")
     if variant.dtype != torch.float32 and not compiled.tensor_cores:
         found.append("no tensor-core instruction")
     if is_aligned(variant) and not compiled.wide_reads:
@@ -133,17 +150,18 @@ def complaints(architecture: int, variant: Variant, compiled: Compiled) -> list[
     return found
 
 
-def table(results: dict[Variant, dict[int, Compiled]]) -> str:
+def table(results: dict[Variant, dict[int, Compiled]], architectures: list[int]) -> str:
     """Markdown: one row per variant, `registers / KiB of shared memory` per architecture."""
-    architectures = list(next(iter(results.values())))
     lines = [
-        "| dtype | width | targets | " + " | ".join(f"sm_{a}" for a in architectures) + " |",
-        "|---|---:|---|" + "---:|" * len(architectures),
+        "| kernel | dtype | width | targets | " + " | ".join(f"sm_{a}" for a in architectures) + " |",
+        "|---|---|---:|---|" + "---:|" * len(architectures),
     ]
     for variant, by_architecture in results.items():
-        cells = [f"{c.registers} / {c.shared / 1024:.0f}" for c in by_architecture.values()]
+        cells = [f"{c.registers} / {c.shared / 1024:.0f}" for c in (by_architecture[a] for a in architectures)]
         targets = f"{variant.targets}, one gradient" if variant.shared_gradient else str(variant.targets)
-        lines.append(f"| {TYPES[variant.dtype]} | {variant.width} | {targets} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {variant.kernel} | {TYPES[variant.dtype]} | {variant.width} | {targets} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 
@@ -155,7 +173,11 @@ def main() -> int:
 
     results: dict[Variant, dict[int, Compiled]] = {variant: {} for variant in VARIANTS}
     wrong = []
-    kernels = list(itertools.product(VARIANTS, options.architectures))
+    kernels = [
+        (variant, architecture)
+        for variant, architecture in itertools.product(VARIANTS, options.architectures)
+        if architecture not in LIKE_87 or variant.width == WIDTH_OF_ALL
+    ]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as processes:
         all_compiled = processes.map(compile_for, *zip(*kernels, strict=True))
         for (variant, architecture), compiled in zip(kernels, all_compiled, strict=True):
@@ -163,9 +185,12 @@ def main() -> int:
             print(f"sm_{architecture} {name(variant)}: {compiled}", flush=True)
             found = complaints(architecture, variant, compiled)
             wrong += [f"sm_{architecture} {name(variant)}: {what}" for what in found]
-    text = table(results)
+            like = results[variant].get(87, compiled)
+            if architecture in LIKE_87 and compiled != like:
+                wrong.append(f"sm_{architecture} {name(variant)}: sm_87 gives {like}; compile every width for both")
+    text = table(results, [a for a in options.architectures if a not in LIKE_87])
     print(text)
-    print(f"{len(VARIANTS)} variants × {len(options.architectures)} architectures, triton {triton.__version__}")
+    print(f"{len(kernels)} kernels, triton {triton.__version__}")
     if options.document and not wrong:
         document = options.document.read_text(encoding="utf-8")
         begin, end = "<!-- cubins:begin -->\n", "\n<!-- cubins:end -->"

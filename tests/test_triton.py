@@ -40,14 +40,36 @@ def in_the_interpreter(*command: str, timeout: int = 280) -> str:
 
 
 @with_triton
-def test_the_operators_tests_pass_in_the_interpreter() -> None:
+@pytest.mark.parametrize(("operator", "tests"), [("relevancy_product", 81), ("attention_backward_relevancy", 69)])
+def test_the_operators_tests_pass_in_the_interpreter(operator: str, tests: int) -> None:
     output = in_the_interpreter(
         *("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-p", "no:benchmark"),
-        *("-k", "triton or opcheck or first_choice", "tests/test_relevancy_product.py"),
+        *("-k", "triton or opcheck or first_choice", f"tests/test_{operator}.py"),
     )
     passed = re.search(r"(\d+) passed", output)
-    assert passed is not None and int(passed[1]) >= 77, output[-2000:]
+    assert passed is not None and int(passed[1]) >= tests, output[-2000:]
     assert "skipped" not in output, output[-2000:]
+
+
+@with_triton
+def test_what_no_row_sees_is_not_read() -> None:
+    """Padding that holds NaN, and rows that see nothing and are NaN, change no gradient: 0 · NaN would be NaN."""
+    program = (
+        "import sys, torch\n"
+        "sys.path.insert(0, 'tests')\n"
+        "from test_attention_backward_relevancy import make\n"
+        "for dtype in (torch.float32, torch.float16):\n"
+        "    problem = make(targets=2, queries=70, dtype=dtype, lengths=torch.tensor([[9, 61]]))\n"
+        "    case, expected = problem.case, problem.run('triton')\n"
+        "    blind = (case.ranges[..., 0] >= case.ranges[..., 1])[0]\n"
+        "    assert 0 < blind.sum() < 70\n"
+        "    for hidden in (case.key, case.value):\n"
+        "        hidden[:, :, :9] = hidden[:, :, 61:] = torch.nan\n"
+        "    for unseeing in (case.query, case.grad_output, problem.output):\n"
+        "        unseeing[..., blind, :] = torch.nan\n"
+        "    assert all(map(torch.equal, problem.run('triton'), expected))\n"
+    )
+    in_the_interpreter("-c", program)
 
 
 @with_triton

@@ -18,128 +18,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = 1.4426950408889634
-# Tiles of query rows that one step of the first launch looks at.
-TILES_AT_ONCE = 16
-# A processor reads 16 bytes at a time: eight 16-bit numbers.
-ALIGNMENT = 8
-# Lengths differ from call to call, and a kernel compiled anew for one that is a multiple of 16 gains nothing from it.
-SIZES = ["heads", "group", "queries", "keys", "targets", "key_blocks", "chunks"]
+from ._tiles import (
+    ALIGNMENT,
+    INTERPRETED_ROWS,
+    LOG2_E,
+    SIZES,
+    TILES_AT_ONCE,
+    alignment_of,
+    as_multiples,
+    is_interpreted,
+    launch_options,
+    list_tiles,
+    load_columns,
+    load_rows,
+    pieces,
+    streamed_product,
+    with_contiguous_last_axis,
+)
 
-
-@triton.jit(do_not_specialize=SIZES)
-def list_tiles(
-    key_start,  # (B, Sq)
-    key_end,  # (B, Sq)
-    row,  # (B, N, Sq) contiguous
-    tiles,  # (B, chunks of targets, key blocks, query tiles): unmasked ones from the front, masked ones from the back
-    counts,  # (B, chunks of targets, key blocks, 2): how many of each
-    start_stride_b,
-    start_stride_i,
-    end_stride_b,
-    end_stride_i,
-    queries,
-    keys,
-    targets,
-    key_blocks,
-    chunks,
-    TARGETS: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    program = tl.program_id(0)
-    first_key = program % key_blocks * BLOCK_K
-    last_key = min(first_key + BLOCK_K, keys)
-    first_target = program // key_blocks % chunks * TARGETS
-    sample = (program // key_blocks // chunks).to(tl.int64)
-    target_count = targets - first_target
-    tile_count = tl.cdiv(queries, BLOCK_Q)
-    row += (sample * targets + first_target) * queries
-    key_start += sample * start_stride_b
-    key_end += sample * end_stride_b
-    tiles += program.to(tl.int64) * tile_count
-
-    whole_count = 0
-    part_count = 0
-    for first_tile in range(0, tile_count, TILES):
-        tile = first_tile + tl.arange(0, TILES)
-        i = tile[:, None] * BLOCK_Q + tl.arange(0, BLOCK_Q)[None, :]
-        inside = i < queries
-        start = tl.load(key_start + i * start_stride_i, mask=inside, other=0)
-        end = tl.load(key_end + i * end_stride_i, mask=inside, other=0)
-        weighted = i < 0
-        weighted_for_all = inside
-        for n in tl.static_range(TARGETS):
-            # A program's last targets may not exist; it then looks at the last one again.
-            weight = tl.load(row + min(n, target_count - 1) * queries + i, mask=inside, other=0.0)
-            weighted |= weight != 0
-            weighted_for_all &= weight != 0
-        sees_some = weighted & (tl.maximum(start, first_key) < tl.minimum(end, last_key))
-        sees_all = weighted_for_all & (start <= first_key) & (end >= last_key)
-        whole = tl.min(sees_all.to(tl.int32), axis=1)
-        part = tl.max(sees_some.to(tl.int32), axis=1) * (1 - whole)
-        tl.store(tiles + whole_count + tl.cumsum(whole, axis=0) - 1, tile, mask=whole == 1)
-        tl.store(tiles + tile_count - part_count - tl.cumsum(part, axis=0), tile, mask=part == 1)
-        whole_count += tl.sum(whole, axis=0)
-        part_count += tl.sum(part, axis=0)
-    tl.store(counts + program * 2, whole_count)
-    tl.store(counts + program * 2 + 1, part_count)
-
-
-@triton.jit
-def load_rows(base, stride, count, FIRST: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """(ROWS, PIECE) of a matrix (count, WIDTH) from column FIRST on; zeros outside."""
-    i = tl.arange(0, ROWS)[:, None]
-    k = FIRST + tl.arange(0, PIECE)[None, :]
-    return tl.load(base + i * stride + k, mask=(i < count) & (k < WIDTH), other=0.0)
-
-
-@triton.jit
-def load_columns(
-    base,
-    stride,
-    count,
-    FIRST: tl.constexpr,
-    PIECE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """(PIECE, ROWS): the transpose of `load_rows`, read in the same order."""
-    i = tl.arange(0, ROWS)[None, :]
-    k = FIRST + tl.arange(0, PIECE)[:, None]
-    address = base + i * stride + k
-    if MASKED:
-        return tl.load(address, mask=(i < count) & (k < WIDTH), other=0.0)
-    if FIRST + PIECE > WIDTH:
-        return tl.load(address, mask=k < WIDTH, other=0.0)
-    return tl.load(address)
-
-
-@triton.jit
-def streamed_product(
-    left,
-    left_stride,
-    left_count,
-    right,
-    right_stride,
-    right_count,
-    PIECE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-):
-    """(BLOCK_K, BLOCK_Q): left @ right.T, both read piece by piece: for widths and dtypes whose tiles do not fit."""
-    j = tl.arange(0, BLOCK_K)[:, None]
-    i = tl.arange(0, BLOCK_Q)[None, :]
-    product = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
-    for first in range(0, WIDTH, PIECE):
-        k = first + tl.arange(0, PIECE)
-        a = tl.load(left + j * left_stride + k[None, :], mask=(j < left_count) & (k[None, :] < WIDTH), other=0.0)
-        b = tl.load(right + i * right_stride + k[:, None], mask=(i < right_count) & (k[:, None] < WIDTH), other=0.0)
-        product = tl.dot(a, b, product, input_precision="ieee")
-    return product
+__all__ = ["is_interpreted", "relevancy_product"]
 
 
 @triton.jit
@@ -180,6 +77,7 @@ def add_tile(
     count = queries - tile * BLOCK_Q
     i = tl.arange(0, BLOCK_Q)
     inside = i < count
+    key_rows = tl.arange(0, BLOCK_K) < keys - first_key
     query += first_query * query_stride
     grad_output += first_query * grad_stride
     row += first_query
@@ -189,9 +87,7 @@ def add_tile(
         if HIGH:
             score = tl.dot(key[1], load_columns(query, query_stride, count, LOW, HIGH, WIDTH, BLOCK_Q, MASKED), score)
     else:
-        score = streamed_product(
-            key, key_stride, keys - first_key, query, query_stride, count, LOW, WIDTH, BLOCK_K, BLOCK_Q
-        )
+        score = streamed_product(key, key_stride, key_rows, query, query_stride, inside, LOW, WIDTH, BLOCK_K, BLOCK_Q)
     if MASKED:
         total = tl.load(logsumexp + first_query + i, mask=inside, other=0.0)
         start = tl.load(key_start + (first_query + i) * start_stride, mask=inside, other=0)
@@ -220,7 +116,7 @@ def add_tile(
                     )
             else:
                 change = streamed_product(
-                    value, value_stride, keys - first_key, gradient, grad_stride, count, LOW, WIDTH, BLOCK_K, BLOCK_Q
+                    value, value_stride, key_rows, gradient, grad_stride, inside, LOW, WIDTH, BLOCK_K, BLOCK_Q
                 )
             # Keeps NaN, as torch.clamp does.
             positive = tl.maximum(probability * change, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -234,12 +130,6 @@ def add_tile(
             share = positive * tl.load(weight_address)[None, :]
         result = result + (sums[n] + tl.sum(share, axis=1),)  # type: ignore[assignment]
     return result
-
-
-@triton.jit
-def as_multiples(stride_b, stride_h, stride_i, ALIGNMENT: tl.constexpr):
-    """The same strides, seen to be multiples by the compiler, which else reads rows of 72 elements one by one."""
-    return stride_b // ALIGNMENT * ALIGNMENT, stride_h // ALIGNMENT * ALIGNMENT, stride_i // ALIGNMENT * ALIGNMENT
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -380,15 +270,6 @@ class Configuration(NamedTuple):
     targets: int  # that share a recomputed score tile
 
 
-def pieces(width: int) -> tuple[int, int]:
-    """Two powers of two, none below the 16 that a matrix product needs, that cover a width; the second may be 0."""
-    low = max(16, 1 << (width.bit_length() - 1))
-    if low >= width:
-        return low, 0
-    high = max(16, 1 << (width - low - 1).bit_length())
-    return (2 * low, 0) if high >= low else (low, high)
-
-
 def targets_per_program(targets: int, shared_gradient: bool, width: int = 128) -> int:
     """How many targets share a score tile: the least work, a product for the scores and one for each gradient."""
     # More would spill registers.
@@ -402,16 +283,11 @@ def configuration(dtype: torch.dtype, width: int, targets: int, shared_gradient:
     """Tiles that neither spill registers nor exceed shared memory; `make triton` checks that for every architecture."""
     shared = targets_per_program(targets, shared_gradient, width)
     # Rows that are not read 16 bytes at a time pass through registers on their way to shared memory.
-    block_q = 32 if width % ALIGNMENT == 0 else 16
+    block_q = INTERPRETED_ROWS if is_interpreted() else 32 if width % ALIGNMENT == 0 else 16
     if dtype == torch.float32 or width > 256:
-        return Configuration(block_q, 64, 64 // dtype.itemsize, 0, False, shared)
+        return Configuration(block_q, 64, min(block_q, 64 if is_interpreted() else 32), 0, False, shared)
     low, high = pieces(width)
     return Configuration(block_q, 128 if shared == 1 and width <= 128 else 64, low, high, True, shared)
-
-
-def alignment_of(*tensors: Tensor) -> int:
-    """What the kernels are told that every stride is a multiple of."""
-    return ALIGNMENT if all(stride % ALIGNMENT == 0 for tensor in tensors for stride in tensor.stride()[:-1]) else 1
 
 
 def constants(configuration: Configuration, width: int, shared_gradient: bool, alignment: int) -> dict[str, Any]:
@@ -427,21 +303,6 @@ def constants(configuration: Configuration, width: int, shared_gradient: bool, a
         "BLOCK_K": configuration.block_k,
         "ALIGNMENT": alignment,
     }
-
-
-def launch_options() -> dict[str, Any]:
-    """What the compiler is told beside them. Multiplications and additions are fused whatever Triton's default is."""
-    # All registers that there are: left to itself ptxas would rather spill a few than use more than half of them.
-    return {"num_warps": 8, "num_stages": 2, "maxnreg": 255, "enable_fp_fusion": True}
-
-
-def is_interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 was set before triton was imported."""
-    return not isinstance(column_sums, triton.JITFunction)
-
-
-def with_contiguous_last_axis(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
 def relevancy_product(
@@ -491,6 +352,7 @@ def relevancy_product(
             BLOCK_Q=chosen.block_q,
             BLOCK_K=chosen.block_k,
             TILES=TILES_AT_ONCE,
+            WEIGHTED=True,
         )
         column_sums[(batch * chunks * heads * key_blocks,)](
             query,
