@@ -29,7 +29,6 @@ from ._tiles import (
     is_interpreted,
     launch_options,
     list_tiles,
-    pieces,
     streamed_product,
     with_contiguous_last_axis,
 )
@@ -39,66 +38,17 @@ __all__ = ["attention_backward_relevancy", "is_interpreted"]
 
 @triton.jit
 def load_piece(base, stride, rows, first, PIECE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """(ROWS, PIECE) of a matrix of that width from column `first` on; zeros in rows that are not wanted."""
+    """(ROWS, PIECE) of a matrix from column `first` on; zeros outside, and in rows that are not wanted."""
     k = first + tl.arange(0, PIECE)[None, :]
     return tl.load(base + tl.arange(0, ROWS)[:, None] * stride + k, mask=rows[:, None] & (k < WIDTH), other=0.0)
 
 
 @triton.jit
-def load_pieces(
-    base,
-    stride,
-    rows,
-    first,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    result = (load_piece(base, stride, rows, first, LOW, WIDTH, ROWS),)
-    if HIGH:
-        result = result + (load_piece(base, stride, rows, first + LOW, HIGH, WIDTH, ROWS),)  # type: ignore[assignment]
-    return result
-
-
-@triton.jit
-def product_of_pieces(left, right, HIGH: tl.constexpr):
-    """left @ right.T"""
-    product = tl.dot(left[0], tl.trans(right[0]))
-    if HIGH:
-        product = tl.dot(left[1], tl.trans(right[1]), product)
-    return product
-
-
-@triton.jit
-def add_product(sums, left, right, HIGH: tl.constexpr):
-    """sums + left @ right, piece by piece of right's columns."""
-    left = left.to(right[0].dtype)
-    result = (tl.dot(left, right[0], sums[0], input_precision="ieee"),)
-    if HIGH:
-        result = result + (tl.dot(left, right[1], sums[1], input_precision="ieee"),)  # type: ignore[assignment]
-    return result
-
-
-@triton.jit
-def zero_sums(ROWS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    result = (tl.zeros((ROWS, LOW), tl.float32),)
-    if HIGH:
-        result = result + (tl.zeros((ROWS, HIGH), tl.float32),)  # type: ignore[assignment]
-    return result
-
-
-@triton.jit
-def store_pieces(
-    base, sums, scale, rows, first, LOW: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
-):
-    """Writes scaled sums as rows of a contiguous matrix."""
-    base += tl.arange(0, ROWS)[:, None] * WIDTH
-    low = first + tl.arange(0, LOW)[None, :]
-    tl.store(base + low, (sums[0] * scale).to(base.dtype.element_ty), mask=rows[:, None] & (low < WIDTH))
-    if HIGH:
-        high = first + LOW + tl.arange(0, HIGH)[None, :]
-        tl.store(base + high, (sums[1] * scale).to(base.dtype.element_ty), mask=rows[:, None] & (high < WIDTH))
+def store_piece(base, sums, rows, first, PIECE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Writes columns from `first` on to the rows of a contiguous matrix."""
+    k = first + tl.arange(0, PIECE)[None, :]
+    address = base + tl.arange(0, ROWS)[:, None] * WIDTH + k
+    tl.store(address, sums.to(base.dtype.element_ty), mask=rows[:, None] & (k < WIDTH))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -153,7 +103,7 @@ def add_tile_of_rows(
     tile,
     first_key,
     first_column,
-    key,  # of this block: the address when streamed, else the pieces
+    key,  # of this block: the address when streamed, else the tile
     key_stride,
     value,
     value_stride,
@@ -172,8 +122,7 @@ def add_tile_of_rows(
     keys,
     score_scale,
     WIDTH: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
     RESIDENT: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -197,11 +146,11 @@ def add_tile_of_rows(
     correction = tl.load(delta + i, mask=inside, other=0.0)
     weight = tl.load(row + i, mask=inside, other=0.0)
 
-    query_pieces = load_pieces(query, query_stride, inside, first_column, LOW, HIGH, WIDTH, BLOCK_Q)
-    grad_pieces = load_pieces(grad_output, grad_stride, inside, first_column, LOW, HIGH, WIDTH, BLOCK_Q)
+    query_tile = load_piece(query, query_stride, inside, first_column, COLUMNS, WIDTH, BLOCK_Q)
+    grad_tile = load_piece(grad_output, grad_stride, inside, first_column, COLUMNS, WIDTH, BLOCK_Q)
     if RESIDENT:
-        score = product_of_pieces(key, query_pieces, HIGH)
-        change = product_of_pieces(value, grad_pieces, HIGH)
+        score = tl.dot(key, tl.trans(query_tile))
+        change = tl.dot(value, tl.trans(grad_tile))
     else:
         key_rows = tl.arange(0, BLOCK_K) < keys - first_key
         score = streamed_product(key, key_stride, key_rows, query, query_stride, inside, PIECE, WIDTH, BLOCK_K, BLOCK_Q)
@@ -220,8 +169,8 @@ def add_tile_of_rows(
         share = tl.where(visible & (weight != 0)[None, :], positive * weight[None, :], 0.0)
     else:
         share = tl.where((weight != 0)[None, :], positive * weight[None, :], 0.0)
-    grad_key = add_product(grad_key, grad_score, query_pieces, HIGH)
-    grad_value = add_product(grad_value, probability, grad_pieces, HIGH)
+    grad_key = tl.dot(grad_score.to(query_tile.dtype), query_tile, grad_key, input_precision="ieee")
+    grad_value = tl.dot(probability.to(grad_tile.dtype), grad_tile, grad_value, input_precision="ieee")
     return grad_key, grad_value, product + tl.sum(share, axis=1)
 
 
@@ -269,8 +218,7 @@ def key_gradients(
     scale,
     head_share,
     WIDTH: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
     RESIDENT: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -314,15 +262,15 @@ def key_gradients(
     if RESIDENT:
         first_column = 0
         inside = tl.arange(0, BLOCK_K) < keys - first_key
-        key_rows = load_pieces(key, key_stride_j, inside, 0, LOW, HIGH, WIDTH, BLOCK_K)
-        value_rows = load_pieces(value, value_stride_j, inside, 0, LOW, HIGH, WIDTH, BLOCK_K)
+        key_rows = load_piece(key, key_stride_j, inside, 0, COLUMNS, WIDTH, BLOCK_K)
+        value_rows = load_piece(value, value_stride_j, inside, 0, COLUMNS, WIDTH, BLOCK_K)
     else:
-        first_column = column * LOW
+        first_column = column * COLUMNS
         key_rows = key
         value_rows = value
 
-    key_sums = zero_sums(BLOCK_K, LOW, HIGH)
-    value_sums = zero_sums(BLOCK_K, LOW, HIGH)
+    key_sums = tl.zeros((BLOCK_K, COLUMNS), tl.float32)
+    value_sums = tl.zeros((BLOCK_K, COLUMNS), tl.float32)
     product = tl.zeros((BLOCK_K,), tl.float32)
     for _ in range(group):
         for position in range(whole_count):
@@ -330,14 +278,14 @@ def key_gradients(
                 key_sums, value_sums, product, tl.load(tiles + position), first_key, first_column, key_rows,
                 key_stride_j, value_rows, value_stride_j, query, query_stride_i, grad_output, grad_stride_i, logsumexp,
                 delta, row, key_start, key_end, start_stride_i, end_stride_i, queries, keys, score_scale,
-                WIDTH, LOW, HIGH, PIECE, RESIDENT, BLOCK_Q, BLOCK_K, False,
+                WIDTH, COLUMNS, PIECE, RESIDENT, BLOCK_Q, BLOCK_K, False,
             )  # fmt: skip
         for position in range(tile_count - part_count, tile_count):
             key_sums, value_sums, product = add_tile_of_rows(
                 key_sums, value_sums, product, tl.load(tiles + position), first_key, first_column, key_rows,
                 key_stride_j, value_rows, value_stride_j, query, query_stride_i, grad_output, grad_stride_i, logsumexp,
                 delta, row, key_start, key_end, start_stride_i, end_stride_i, queries, keys, score_scale,
-                WIDTH, LOW, HIGH, PIECE, RESIDENT, BLOCK_Q, BLOCK_K, True,
+                WIDTH, COLUMNS, PIECE, RESIDENT, BLOCK_Q, BLOCK_K, True,
             )  # fmt: skip
         query += query_stride_h
         grad_output += grad_stride_h
@@ -347,8 +295,8 @@ def key_gradients(
     first = ((sample * targets + target) * key_heads + key_head) * keys + first_key
     j = tl.arange(0, BLOCK_K)
     inside = j < keys - first_key
-    store_pieces(grad_key + first * WIDTH, key_sums, scale, inside, first_column, LOW, HIGH, WIDTH, BLOCK_K)
-    store_pieces(grad_value + first * WIDTH, value_sums, 1.0, inside, first_column, LOW, HIGH, WIDTH, BLOCK_K)
+    store_piece(grad_key + first * WIDTH, key_sums * scale, inside, first_column, COLUMNS, WIDTH, BLOCK_K)
+    store_piece(grad_value + first * WIDTH, value_sums, inside, first_column, COLUMNS, WIDTH, BLOCK_K)
     if column == 0:
         tl.store(partial + first + j, product * head_share, mask=inside)
 
@@ -391,8 +339,7 @@ def query_gradients(
     score_scale,
     scale,
     WIDTH: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
     RESIDENT: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -438,21 +385,21 @@ def query_gradients(
 
     if RESIDENT:
         first_column = 0
-        query_rows = load_pieces(query, query_stride_i, seeing, 0, LOW, HIGH, WIDTH, BLOCK_Q)
-        grad_rows = load_pieces(grad_output, grad_stride_i, seeing, 0, LOW, HIGH, WIDTH, BLOCK_Q)
+        query_rows = load_piece(query, query_stride_i, seeing, 0, COLUMNS, WIDTH, BLOCK_Q)
+        grad_rows = load_piece(grad_output, grad_stride_i, seeing, 0, COLUMNS, WIDTH, BLOCK_Q)
     else:
-        first_column = column * LOW
-    sums = zero_sums(BLOCK_Q, LOW, HIGH)
+        first_column = column * COLUMNS
+    sums = tl.zeros((BLOCK_Q, COLUMNS), tl.float32)
     for first_key in range(first_seen // BLOCK_K * BLOCK_K, last_seen, BLOCK_K):
         j = first_key + tl.arange(0, BLOCK_K)
         seen = (j >= first_seen) & (j < last_seen)
         keys_here = key + tl.cast(first_key, tl.int64) * key_stride_j
         values_here = value + tl.cast(first_key, tl.int64) * value_stride_j
-        key_pieces = load_pieces(keys_here, key_stride_j, seen, first_column, LOW, HIGH, WIDTH, BLOCK_K)
+        key_tile = load_piece(keys_here, key_stride_j, seen, first_column, COLUMNS, WIDTH, BLOCK_K)
         if RESIDENT:
-            value_pieces = load_pieces(values_here, value_stride_j, seen, 0, LOW, HIGH, WIDTH, BLOCK_K)
-            score = product_of_pieces(query_rows, key_pieces, HIGH)
-            change = product_of_pieces(grad_rows, value_pieces, HIGH)
+            value_tile = load_piece(values_here, value_stride_j, seen, 0, COLUMNS, WIDTH, BLOCK_K)
+            score = tl.dot(query_rows, tl.trans(key_tile))
+            change = tl.dot(grad_rows, tl.trans(value_tile))
         else:
             score = streamed_product(
                 query, query_stride_i, seeing, keys_here, key_stride_j, seen, PIECE, WIDTH, BLOCK_Q, BLOCK_K
@@ -463,10 +410,10 @@ def query_gradients(
         probability = tl.exp2(score * score_scale - total[:, None])
         visible = (j[None, :] - start[:, None]).to(tl.uint32) < length[:, None]
         grad_score = tl.where(visible, probability * (change - correction[:, None]), 0.0)
-        sums = add_product(sums, grad_score, key_pieces, HIGH)
+        sums = tl.dot(grad_score.to(key_tile.dtype), key_tile, sums, input_precision="ieee")
 
     grad_query += (of_head * queries + first_query) * WIDTH
-    store_pieces(grad_query, sums, scale, inside, first_column, LOW, HIGH, WIDTH, BLOCK_Q)
+    store_piece(grad_query, sums * scale, inside, first_column, COLUMNS, WIDTH, BLOCK_Q)
 
 
 class Configuration(NamedTuple):
@@ -474,8 +421,7 @@ class Configuration(NamedTuple):
 
     key_tile: tuple[int, int]  # of `key_gradients`: query rows that it reads at a time, keys that a program owns
     query_tile: tuple[int, int]  # of `query_gradients`: query rows that a program owns, keys that it reads at a time
-    low: int  # columns of the gradients that it owns: all, as the sum of two powers of two, or one piece of them
-    high: int
+    columns: int  # of the gradients that a program owns, a power of two: all, or one piece of them
     piece: int  # columns that a product reads at a time where the operands do not stay on the chip
     resident: bool  # what the program owns of the operands stays on the chip; it then owns all columns
 
@@ -483,21 +429,20 @@ class Configuration(NamedTuple):
 def configuration(dtype: torch.dtype, width: int) -> Configuration:
     """Tiles that neither spill registers nor exceed shared memory; `make triton` checks that for every architecture."""
     resident = dtype != torch.float32 and width <= 128
-    low, high = pieces(width) if resident else (min(64, pieces(width)[0]), 0)
+    columns = min(128 if resident else 64, max(16, triton.next_power_of_2(width)))
     if is_interpreted():
-        return Configuration((INTERPRETED_ROWS, 64), (INTERPRETED_ROWS, 64), low, high, 64, resident)
+        return Configuration((INTERPRETED_ROWS, 64), (INTERPRETED_ROWS, 64), columns, 64, resident)
     # Rows that are not read 16 bytes at a time pass through registers on their way to shared memory.
     aligned = width % ALIGNMENT == 0
-    key_tile = (32, 32) if high or (resident and not aligned) else (16, 64)
-    return Configuration(key_tile, (64, 32 if aligned else 16), low, high, 32 if aligned else 16, resident)
+    key_tile = (32, 32) if resident and not aligned else (16, 64)
+    return Configuration(key_tile, (64, 32 if aligned else 16), columns, 32 if aligned else 16, resident)
 
 
 def constants(configuration: Configuration, width: int, alignment: int, tile: tuple[int, int]) -> dict[str, Any]:
     """The compile-time arguments of one of the two, whose tile is given."""
     return {
         "WIDTH": width,
-        "LOW": configuration.low,
-        "HIGH": configuration.high,
+        "COLUMNS": configuration.columns,
         "PIECE": configuration.piece,
         "RESIDENT": configuration.resident,
         "BLOCK_Q": tile[0],
@@ -536,7 +481,7 @@ def attention_backward_relevancy(
     logsumexp, row = logsumexp.contiguous(), row.contiguous()
     alignment = alignment_of(query, key, value, output, grad_output)
 
-    columns = triton.cdiv(width, chosen.low + chosen.high)
+    columns = triton.cdiv(width, chosen.columns)
     step, owned_keys = chosen.key_tile
     owned_queries = chosen.query_tile[0]
     key_blocks = triton.cdiv(keys, owned_keys)
