@@ -29,7 +29,7 @@ else:
         *(pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS),
     ]
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16]
-LENGTHS = [1, 63, 257] if INTERPRETED else [1, 63, 257, 1000]
+LENGTHS = [1, 63, 150] if INTERPRETED else [1, 63, 257, 1000]
 
 
 def device_of(backend: str) -> str:
@@ -159,11 +159,13 @@ def _problems() -> Iterator[Any]:
 
     for dtype in DTYPES:
         short = str(dtype).removeprefix("torch.")
-        for name, layout in LAYOUTS.items():
-            yield param(f"{name}-{short}", batch=2, targets=2, queries=130, dtype=dtype, **layout)
-        for length in LENGTHS:
+        # The interpreter takes seconds for what a processor does in microseconds, and the same way in both dtypes.
+        few = INTERPRETED and dtype != torch.float32
+        for name in ("causal", "window_and_padding") if few else LAYOUTS:
+            yield param(f"{name}-{short}", batch=2, targets=2, queries=130, dtype=dtype, **LAYOUTS[name])
+        for length in (63,) if few else LENGTHS:
             yield param(f"length-{length}-{short}", heads=2, key_heads=1, queries=length, dtype=dtype)
-        for width in (1, 17, 64, 72, 80, 96, 128, 256, 300):
+        for width in (17, 72, 128) if few else (1, 17, 64, 72, 80, 96, 128, 256, 300):
             yield param(f"width-{width}-{short}", queries=100, width=width, dtype=dtype)
     for heads, key_heads in ((1, 1), (8, 8), (8, 2), (9, 3), (6, 1)):
         yield param(f"heads-{heads}-{key_heads}", batch=2, heads=heads, key_heads=key_heads, queries=70)
