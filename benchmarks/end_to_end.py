@@ -15,12 +15,12 @@ products are 18 GFLOP each way, its attention 1.0 forward and 2.5 backward, the 
 should cost 1.03x of forward + backward, and lean mode, which runs the forward twice, 1.5x. Memory: fast 1.0x of theirs;
 lean one layer's activations of eight and eight layer inputs, 18 %.
 
-Measured at commit a2ce71d: 1.03x, 1.50x, 1.00x as predicted; lean takes 24 %, because the backward through a layer's MLP
-holds three gradients of its width beside its activations, which the prediction left out.
+Measured at commit a2ce71d: 1.03x, 1.50x, 1.00x as predicted; lean takes 24 %, because the backward through a layer's
+MLP holds three gradients of its width beside its activations, which the prediction left out.
 
 Predicted for the fused backward, which takes half of the time of torch's alone: 0.88x and 1.28x. Measured
-(results/end-to-end.json): 0.98x and 1.44x at S = 704, 0.93x and 1.45x at S = 4096. Attention's backward is a smaller part
-of the whole than the prediction took it for.
+(results/end-to-end.json): 0.98x and 1.44x at S = 704, 0.93x and 1.45x at S = 4096. Attention's backward is a smaller
+part of the whole than the prediction took it for.
 """
 
 from __future__ import annotations
