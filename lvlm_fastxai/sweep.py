@@ -365,9 +365,9 @@ class Sweep:
             del above
         if index == 0:
             self.first_input = leaf.detach()
-        grad_output = _grad_output(tapes, index, batch)
         if tapes[0].product is not None:
             return _step(index, _joined(tapes, batch), None, selection)
+        grad_output = _grad_output(tapes, index, batch)
         if collect is None:
             return _step(index, _joined(tapes, batch), grad_output.flatten(0, 1)[:, None], selection)
         shared = _first_slot(tapes[0], batch)

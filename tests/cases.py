@@ -75,6 +75,11 @@ def as_view(tensor: Tensor) -> Tensor:
     return tensor.transpose(-3, -2).contiguous().transpose(-3, -2)
 
 
+def with_gaps(tensor: Tensor) -> Tensor:
+    """The same numbers with a last axis that is not contiguous."""
+    return torch.stack((tensor, tensor + 1), -1)[..., 0]
+
+
 def make_case(
     batch: int = 1,
     heads: int = 2 if INTERPRETED else 4,
@@ -131,6 +136,17 @@ def assert_same(result: Tensor, expected: Tensor, backend: str) -> None:
         assert torch.equal(result, expected)
     else:
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+
+
+def ragged_case() -> Case:
+    """Neighbouring rows that see nothing in common, rows that see nothing, and weights with zeros in between."""
+    generator = torch.Generator().manual_seed(1)
+    bounds = torch.randint(0, 301, (2, 200, 2), generator=generator, dtype=torch.int32)
+    bounds[0, :100] = bounds[0, :100].sort(-1).values
+    case = make_case(batch=2, targets=2, queries=200, keys=300, ranges=bounds)
+    case.row[torch.rand(case.row.shape, generator=generator) < 0.4] = 0
+    case.row[0, :, 64:128] = 0
+    return case
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {

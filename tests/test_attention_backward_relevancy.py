@@ -10,7 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKENDS, DTYPES, INTERPRETED, PROBLEMS, Case, as_view, device_of, make_case, native
+from cases import (
+    BACKENDS,
+    DTYPES,
+    INTERPRETED,
+    PROBLEMS,
+    Case,
+    as_view,
+    device_of,
+    make_case,
+    native,
+    ragged_case,
+    with_gaps,
+)
 from torch import Tensor
 
 import lvlm_fastxai as fx
@@ -97,14 +109,7 @@ def test_equals_the_twin(options: dict[str, Any], backend: str, poisoned_empty: 
 
 
 def test_ranges_in_any_order(backend: str, poisoned_empty: None) -> None:
-    """Neighbouring rows that see nothing in common, rows that see nothing, and weights with zeros in between."""
-    generator = torch.Generator().manual_seed(1)
-    bounds = torch.randint(0, 301, (2, 200, 2), generator=generator, dtype=torch.int32)
-    bounds[0, :100] = bounds[0, :100].sort(-1).values
-    problem = make(batch=2, targets=2, queries=200, keys=300, ranges=bounds)
-    problem.case.row[torch.rand(problem.case.row.shape, generator=generator) < 0.4] = 0
-    problem.case.row[0, :, 64:128] = 0
-    assert_accurate(problem, backend)
+    assert_accurate(with_output(ragged_case()), backend)
 
 
 def test_two_runs_are_equal_bit_by_bit(backend: str) -> None:
@@ -168,9 +173,6 @@ def test_strided_inputs(dtype: torch.dtype, backend: str) -> None:
     """Views as transformers passes them, (B, S, H, d) transposed, and a last axis that is not contiguous."""
     problem = make(batch=2, targets=2, queries=75, width=40, dtype=dtype)
     expected = problem.run(backend)
-
-    def with_gaps(tensor: Tensor) -> Tensor:
-        return torch.stack((tensor, tensor + 1), -1)[..., 0]
 
     for change in (as_view, with_gaps):
         case = replace(

@@ -21,7 +21,9 @@ from cases import (
     assert_same,
     make_case,
     native,
+    ragged_case,
     relative_error,
+    with_gaps,
 )
 from torch import Tensor
 
@@ -74,14 +76,7 @@ def test_targets(targets: int, shared_gradient: bool, backend: str, poisoned_emp
 
 
 def test_ranges_in_any_order(backend: str, poisoned_empty: None) -> None:
-    """Neighbouring rows that see nothing in common, rows that see nothing, and weights with zeros in between."""
-    generator = torch.Generator().manual_seed(1)
-    bounds = torch.randint(0, 301, (2, 200, 2), generator=generator, dtype=torch.int32)
-    bounds[0, :100] = bounds[0, :100].sort(-1).values
-    case = make_case(batch=2, targets=2, queries=200, keys=300, ranges=bounds)
-    case.row[torch.rand(case.row.shape, generator=generator) < 0.4] = 0
-    case.row[0, :, 64:128] = 0
-    assert_accurate(case, backend)
+    assert_accurate(ragged_case(), backend)
 
 
 def test_two_runs_are_equal_bit_by_bit(backend: str) -> None:
@@ -113,9 +108,6 @@ def test_strided_inputs(dtype: torch.dtype, backend: str) -> None:
     """Views as transformers passes them, (B, S, H, d) transposed, and a last axis that is not contiguous."""
     case = make_case(batch=2, targets=2, queries=75, width=40, dtype=dtype)
     expected = case.run(backend)
-
-    def with_gaps(tensor: Tensor) -> Tensor:
-        return torch.stack((tensor, tensor + 1), -1)[..., 0]
 
     for change in (as_view, with_gaps):
         changed = replace(case.laid_out(change), logsumexp=with_gaps(case.logsumexp), row=with_gaps(case.row))
