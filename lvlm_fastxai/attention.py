@@ -39,8 +39,8 @@ class LayerTape:
 
     ``keys_only`` ends the layer with :class:`KeysTaken` as soon as its key and value, graph included, are on the tape.
     ``given`` makes the layer's queries, a few rows of the sequence, attend to these (key, value, key_ranges) instead of
-    their own. ``weights`` (B,1,Sq), the running relevancy of the query rows, make the next backward leave the
-    ``product`` (B,1,Sk) of `relevancy_product` too, on ``backend``.
+    their own. ``backend``: whose `attention_backward_relevancy` the next backward is; None for torch's own. ``weights``
+    (B,1,Sq), the running relevancy of the query rows, make it leave the ``product`` (B,1,Sk) of `relevancy_product`.
     """
 
     calls: int = 0
@@ -58,12 +58,13 @@ class LayerTape:
     product: Tensor | None = None
 
     def weigh(self, weights: Tensor | None) -> None:
-        """Prepare for a backward: of these weights (B,1,Sq) take the product along the way, if that is faster."""
-        self.grad_output = self.product = self.weights = None
-        if weights is not None and self.query is not None:
+        """Prepare for a backward: take the fastest and, of these weights (B,1,Sq), the product along the way, if it can
+        give that."""
+        self.grad_output = self.product = self.weights = self.backend = None
+        if self.query is not None:
             # Here, since autograd runs a backward in another thread where no `use_backend` reaches.
             self.backend = fused_backend(self.query.device, self.query.dtype)
-            if self.backend is not None:
+            if self.backend is not None and weights is not None:
                 self.weights = weights.to(self.query.device)
 
 
@@ -349,13 +350,16 @@ class FlashAttention(torch.autograd.Function):
         library, plan, tape = _library(query), ctx.plan, ctx.tape
         if tape is not None:
             tape.grad_output = grad_output
-            if tape.weights is not None:
-                *gradients, tape.product = ops.attention_backward_relevancy(
-                    *(query, key, value, output, grad_output[:, None], logsumexp, tape.weights),
+            if tape.backend is not None:
+                weights = tape.weights
+                *gradients, product = ops.attention_backward_relevancy(
+                    *(query, key, value, output, grad_output[:, None], logsumexp),
+                    logsumexp.new_zeros(query.shape[0], 1, query.shape[2]) if weights is None else weights,
                     scale=ctx.scale,
                     key_ranges=plan.key_ranges,
                     backend=tape.backend,
                 )
+                tape.product = None if weights is None else product
                 return (*(gradient[:, 0] for gradient in gradients), None, None, None)  # type: ignore[return-value]
         parts = []
         for segment, call, extra in zip(

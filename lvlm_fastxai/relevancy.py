@@ -37,6 +37,7 @@ def relevancy_rows(
     memory: str = "fast",
     row_tolerance: float | str = 0.0,
     prompt_length: int | Sequence[int] | None = None,
+    options: Any = None,
 ) -> Tensor:
     """Relevancy of every position for each of N explained logits, without an S×S tensor.
 
@@ -50,13 +51,14 @@ def relevancy_rows(
         inputs: keyword arguments of ``model.forward`` for B samples, prompt and answer already joined.
         targets: (N, 3) integers or a sequence of (sample, query_row, token_id). The query row is the one whose logits
             produced the token: a token at column p has query row p − 1. The explained scalar is the raw logit.
-        method: "chefer", "lvlm_interpret" (needs ``prompt_length``) or "raw_attention".
+        method: "chefer", "lvlm_interpret" (needs ``prompt_length``), "glimpse" or "raw_attention".
         memory: "fast" keeps activations, "lean" recomputes layer by layer, "min" also keeps the layer inputs off the
             device.
         row_tolerance: 0, the exact sweep. ε > 0, the pruned sweep: at every layer the rows that hold a share 1 − ε of
             what it adds to the map and hands down. "auto": pruned as far as the estimated error stays below the
             rounding error of a bf16 model; exact for the other dtypes.
         prompt_length: column at which the answer starts; an integer, or one for each sample.
+        options: `GlimpseOptions` for method "glimpse"; None for its defaults. The other methods have none.
 
     Returns:
         (N, S) fp32 (fp64 for an fp64 model), self entry included; padding columns are zero.
@@ -83,6 +85,7 @@ def relevancy_rows(
         memory=memory,
         row_tolerance=row_tolerance,
         prompt_length=prompt_length,
+        options=options,
     ).rows
 
 
@@ -95,6 +98,7 @@ def explain_rows(
     memory: str = "fast",
     row_tolerance: float | str = 0.0,
     prompt_length: int | Sequence[int] | None = None,
+    options: Any = None,
     recording: Recording | None = None,
 ) -> RelevancyRows:
     """:func:`relevancy_rows` with the targets' logits and probabilities, which the same forward gives.
@@ -105,7 +109,7 @@ def explain_rows(
     # Inference tensors could not be saved for backward, so neither may be in the way of one.
     with torch.inference_mode(False):
         inputs = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
-        return _explain(model, inputs, targets, method, memory, row_tolerance, prompt_length, recording)
+        return _explain(model, inputs, targets, method, memory, row_tolerance, prompt_length, options, recording)
 
 
 def _explain(
@@ -116,11 +120,12 @@ def _explain(
     memory: str,
     row_tolerance: float | str,
     prompt_length: int | Sequence[int] | None,
+    options: Any,
     recording: Recording | None,
 ) -> RelevancyRows:
     chosen = methods.find(method)
     checked = check_targets(targets, inputs, _vocabulary(model))
-    run = chosen(checked, inputs, prompt_length)
+    run = chosen(checked, inputs, prompt_length, options)
     # Without gradients there is nothing to keep: "lean" drops the activations, and the top layer is run once more.
     memory_of_forward = memory if chosen.needs_gradient or memory == "min" else "lean"
     tolerance = row_tolerance if chosen.needs_gradient else 0.0

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from . import attention
 from .attention import KeysTaken, LayerTape, current_tape
 from .errors import ArgumentError, UnsupportedModelError
+from .ops.key_ranges import real_columns
 from .pruning import (
     ROUNDING_ERROR,
     WHOLE_LAYER_SHARE,
@@ -42,6 +43,8 @@ MEMORY_MODES = ("fast", "lean", "min")
 
 # (layer index, dO (B,H,n,d) of each slot, the rows (B,n) they stand at or None for all) -> (B,N',H,n,d)
 Collect = Callable[[int, list[Tensor], Tensor | None], Tensor]
+# One layer of the slots in the slice, as soon as their dO is known.
+Each = Callable[["LayerStep", slice], None]
 # (number of the slot, its gradient (B,S,D) at the layer's input, last=whether nothing will need this graph again)
 HandOn = Callable[..., None]
 
@@ -56,6 +59,7 @@ class LayerStep:
     and slots share the first axis, B·N long, and the targets' axis has length one; ``collect`` makes one slot of all.
     product (B,N,Sk), or (B·N,1,Sk) where there is a selection: what `relevancy_product` would give for the running
     rows, where the backward gave it along the way; grad_output is empty then.
+    columns (B,2), or (B·N,2): half-open range of each sample's real columns, which a part's key_ranges do not tell.
     """
 
     index: int
@@ -68,6 +72,7 @@ class LayerStep:
     grad_output: Tensor
     selection: Selection | None = None
     product: Tensor | None = None
+    columns: Tensor | None = None
 
     def _release(self) -> None:
         # The caller's loop variable would keep these alive while the next layer is recomputed, at lean mode's peak.
@@ -218,6 +223,7 @@ class Sweep:
         *,
         keep: bool = False,
         collect: Collect | None = None,
+        each: Each | None = None,
         row_tolerance: float = 0.0,
         relevancy: Callable[[], Tensor] | None = None,
     ) -> Iterator[LayerStep]:
@@ -227,9 +233,12 @@ class Sweep:
             slots: N scalars, each a sum of explained logits of different samples; one backward each, over one forward.
             keep: keep the activations for another descent (fast mode; the others recompute anyway).
             collect: makes one dO of all slots'; they are stacked by default. The slots then share their rows.
+            each: takes every layer of every slot, or group of slots, as soon as its dO is there, so that the dO of only
+                one is held at a time. What is yielded then has no tensors but the selection's.
             row_tolerance: ε; one of ``tolerances``.
             relevancy: gives the running rows (B, N, S), or (B, 1, S) with ``collect``, as they are above the next
-                layer: for the choice of its rows, and for a backward that gives the product along the way.
+                layer: for the choice of its rows and, without ``each``, for a backward that gives the product along the
+                way.
         """
         top = len(self._layers) - 1
         # gradients[n][l]: of slot n at the output of layer l. More than one entry is open only while a model feeds an
@@ -256,11 +265,11 @@ class Sweep:
             running = None if relevancy is None else relevancy()
             selection = self._select(incoming, row_tolerance, running, shared=collect is not None)
             # What the product is taken of is known before the backward, unless it is made of several slots' gradients.
-            weights = running if collect is None else None
+            weights = running if collect is None and each is None else None
             if selection is None:
-                step = self._whole(index, incoming, hand_on, keep, collect, weights)
+                step = self._whole(index, incoming, hand_on, keep, collect, each, weights)
             else:
-                step = self._part(index, incoming, selection, hand_on, keep, collect, weights)
+                step = self._part(index, incoming, selection, hand_on, keep, collect, each, weights)
             if not keep or not self._keep_graphs:
                 layer.graph, layer.tape = None, LayerTape()
             if not keep or self.memory != "fast":
@@ -277,6 +286,7 @@ class Sweep:
         hand_on: HandOn,
         keep: bool,
         collect: Collect | None,
+        each: Each | None,
         weights: Tensor | None,
     ) -> LayerStep:
         """Backward of every slot through all rows of a layer."""
@@ -291,7 +301,9 @@ class Sweep:
             tape.weigh(None if weights is None else weights[:, number, None])
             (gradient,) = torch.autograd.grad(layer.graph, leaf, gradient, retain_graph=not last)
             grad_output = _grad_output([tape], index, leaf.shape[0])[:, 0]
-            if tape.product is None:
+            if each is not None:
+                each(_step(index, tape, grad_output[:, None], None), slice(number, number + 1))
+            elif tape.product is None:
                 collected.append(grad_output)
             else:
                 products.append(tape.product)
@@ -300,6 +312,8 @@ class Sweep:
             del gradient
         if index == 0:
             self.first_input = leaf.detach()
+        if each is not None:
+            return _empty_step(index, None)
         if products:
             tape.product = torch.cat(products, dim=1)
             return _step(index, tape, None, None)
@@ -314,6 +328,7 @@ class Sweep:
         hand_on: HandOn,
         keep: bool,
         collect: Collect | None,
+        each: Each | None,
         weights: Tensor | None,
     ) -> LayerStep:
         """Backward of every slot through the selected rows of a layer, recomputed, and through all keys and values."""
@@ -338,9 +353,10 @@ class Sweep:
             seen = fold(key), fold(value)
             tape = LayerTape(given=(*seen, take_rows(key_ranges, chosen)))
             output = self._call(layer, tape, part, rows_of_call(layer.kwargs, chosen, leaf.shape[1]))
+            of_group = None
             if weights is not None:
-                of_group = weights[:, first : first + group].to(chosen.device).gather(2, chosen)
-                tape.weigh(of_group.flatten(0, 1)[:, None])
+                of_group = weights[:, first : first + group].to(chosen.device).gather(2, chosen).flatten(0, 1)[:, None]
+            tape.weigh(of_group)
             above = [
                 torch.zeros_like(leaf) if full is None else full.to(leaf.device)
                 for full in incoming[first : first + group]
@@ -350,7 +366,17 @@ class Sweep:
             found = torch.autograd.grad(output, (part, *seen), gradient.flatten(0, 1).to(output.device))
             del output, gradient, part, seen
             tape.given = None
-            tapes.append(tape)
+            if each is None:
+                tapes.append(tape)
+            else:
+                slots_of_group = slice(first, first + group)
+                part_of = Selection(
+                    chosen, selection.counts[:, slots_of_group], selection.norms[:, slots_of_group]
+                )
+                step = _step(index, tape, _grad_output([tape], index, batch).flatten(0, 1)[:, None], part_of)
+                step.columns = real_columns(key_ranges).repeat_interleave(group, dim=0)
+                each(step, slots_of_group)
+                step._release()
             rows_gradient, key_gradient, value_gradient = (each.unflatten(0, (batch, group)) for each in found)
             for number in range(group):
                 last = not keep and first + number + 1 == slots
@@ -365,6 +391,8 @@ class Sweep:
             del above
         if index == 0:
             self.first_input = leaf.detach()
+        if each is not None:
+            return _empty_step(index, selection)
         if tapes[0].product is not None:
             return _step(index, _joined(tapes, batch), None, selection)
         grad_output = _grad_output(tapes, index, batch)
@@ -568,6 +596,12 @@ def _step(index: int, tape: LayerTape, grad_output: Tensor | None, selection: Se
         selection,
         tape.product if grad_output is None else None,
     )
+
+
+def _empty_step(index: int, selection: Selection | None) -> LayerStep:
+    """What is left of a layer whose slots were taken one by one."""
+    nothing = torch.empty(0)
+    return LayerStep(index, nothing, nothing, nothing, nothing, nothing, 1.0, nothing, selection)
 
 
 def _stack(grad_outputs: list[Tensor]) -> Tensor:

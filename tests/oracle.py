@@ -248,3 +248,52 @@ def pruned_chefer_row(
 
     _, row = pruned_relevance(model, inputs, target, choose)
     return row, counts
+
+
+def glimpse_rows(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    targets: Sequence[Target],
+    *,
+    propagation: str = "literal",
+    stats_domain: str = "full",
+    head_temperature: float = 0.5,
+    depth_rate: float = 0.2,
+    top: int | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """(N, S) rows of GLIMPSE's R = Π (2I + α E) / 2 or Π (I + α E), every matrix made; `top`: how many layers, from
+    the top, take part. Padding columns count in no sum."""
+    logits, kept = forward(model, inputs)
+    mask = inputs.get("attention_mask")
+    rows = []
+    for target in targets:
+        dense = gradients(logits, kept, target, temperature)
+        sample, query_row, _ = target
+        real = torch.ones(dense[0].shape[-1], dtype=torch.bool) if mask is None else mask[sample].bool()
+        layers, strengths = [], []
+        for index, gradient in enumerate(dense):
+            probabilities = kept[index].probabilities[sample].detach()
+            summed = gradient * real
+            if stats_domain == "causal":
+                summed = gradient * (probabilities > 0)
+            relevant = gradient.clamp(min=0) * probabilities  # (H, S, S)
+            positive = summed.clamp(min=0).sum((1, 2))
+            means = torch.where(positive > 0, relevant.sum((1, 2)) / positive, 0)
+            heads = torch.exp(means / head_temperature) / torch.exp(means / head_temperature).sum()
+            matrix = torch.einsum("h,hij->ij", heads, relevant)
+            sums = matrix.sum(1)
+            layers.append(torch.where(sums[:, None] > 0, matrix / sums[:, None], 0))
+            strengths.append(summed.sum(0).abs().sum())
+        prior = torch.softmax(depth_rate * torch.arange(1, len(layers) + 1, dtype=dense[0].dtype), 0)
+        strength = torch.stack(strengths) * prior
+        if top is not None:
+            strength[: len(layers) - top] = 0
+        share = strength / strength.sum()
+        identity = torch.eye(len(real), dtype=dense[0].dtype)
+        relevancy = identity
+        for weight, layer in zip(share, layers, strict=True):
+            step = (2 * identity + weight * layer) / 2 if propagation == "literal" else identity + weight * layer
+            relevancy = step @ relevancy
+        rows.append(relevancy[query_row])
+    return torch.stack(rows).detach()

@@ -5,12 +5,13 @@ from __future__ import annotations
 from ..errors import ArgumentError
 from ._base import Method
 from .chefer import Chefer
+from .glimpse import Glimpse, GlimpseOptions
 from .lvlm_interpret import LvlmInterpret
 from .raw_attention import RawAttention
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Chefer, LvlmInterpret, RawAttention)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Chefer, LvlmInterpret, Glimpse, RawAttention)}
 
-__all__ = ["METHODS", "Chefer", "LvlmInterpret", "Method", "RawAttention", "find"]
+__all__ = ["METHODS", "Chefer", "Glimpse", "GlimpseOptions", "LvlmInterpret", "Method", "RawAttention", "find"]
 
 
 def find(name: str) -> type[Method]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import ArgumentError
 from ..pruning import Certificate, Ledger
 from ..sharding import Ranks
 from ..sweep import Collect, LayerStep, Sweep
@@ -26,6 +27,7 @@ class Method(ABC):
         targets: what is explained.
         inputs: keyword arguments of ``model.forward``.
         prompt_length: column at which the answer starts, one for all samples or one each; where a method needs it.
+        options: of ``options_type``; None for the method's defaults.
 
     Attributes:
         certificate: what the sweep kept of each target; None before it, and for a method without a sweep.
@@ -38,10 +40,20 @@ class Method(ABC):
     name: ClassVar[str]
     # A method that reads no gradient lets the forward run without activations.
     needs_gradient: ClassVar[bool] = True
+    options_type: ClassVar[type | None] = None
+    # Makes one gradient of all slots'; None where each has its own.
+    collect: Collect | None = None
 
     def __init__(
-        self, targets: Targets, inputs: Mapping[str, Any], prompt_length: int | Sequence[int] | None = None
+        self,
+        targets: Targets,
+        inputs: Mapping[str, Any],
+        prompt_length: int | Sequence[int] | None = None,
+        options: Any = None,
     ) -> None:
+        if options is not None and (self.options_type is None or not isinstance(options, self.options_type)):
+            expected = "no options" if self.options_type is None else self.options_type.__name__
+            raise ArgumentError(f"options: method {self.name!r} takes {expected}, got {options!r}")
         self.targets = targets
         self.explained = targets
         self.certificate: Certificate | None = None
@@ -50,37 +62,47 @@ class Method(ABC):
     def rows(self, sweep: Sweep) -> Tensor:
         """(N, S) relevancy of every column for every target, self entry included; fp32 (fp64 for an fp64 model)."""
 
+    def in_chunks(self, sweep: Sweep) -> Tensor:
+        """(N, S) rows: :meth:`swept` for as many slots at once as memory allows."""
+        targets, result = self.targets, self.empty_rows(sweep)
+        scalars, slots = targets.scalars(sweep.logits), targets.slots
+        chunk = slots_at_once(sweep, targets)
+        for first in range(0, len(slots), chunk):
+            part = slice(first, first + chunk)
+            row = self.swept(sweep, scalars[part], slots[part], keep=first + chunk < len(slots))
+            targets.scatter(row, slots[part], result)
+        return result
+
     def swept(
-        self,
-        sweep: Sweep,
-        scalars: Sequence[Tensor],
-        slots: Sequence[Sequence[int]],
-        *,
-        keep: bool = False,
-        collect: Collect | None = None,
+        self, sweep: Sweep, scalars: Sequence[Tensor], slots: Sequence[Sequence[int]], *, keep: bool = False
     ) -> Tensor:
         """(B, n, S) rows of ``slots`` after a descent; arguments as in :meth:`Sweep.descend`.
 
         Where the sweep has several tolerances to try, the first whose estimated error is below the dtype's rounding.
         """
         *attempts, last = sweep.tolerances
-        row = torch.empty(0)
+        for tolerance in (*attempts, last):
+            final = tolerance == last
+            row, ledger = self.descend(sweep, scalars, slots, tolerance, keep=keep or not final)
+            if final or bool((sweep.ranks.agree(ledger.close(row)[2]) <= sweep.error_limit).all()):
+                break
+        self._enter(ledger, row, slots)
+        return row
+
+    def descend(
+        self, sweep: Sweep, scalars: Sequence[Tensor], slots: Sequence[Sequence[int]], tolerance: float, *, keep: bool
+    ) -> tuple[Tensor, Ledger]:
+        """(B, n, S) rows of ``slots`` after one descent, and what it kept."""
+        row, ledger = self.targets.start_rows(slots, sweep.logits.device, row_dtype(sweep)), Ledger()
+        collect = self.collect
 
         def running() -> Tensor:
             # Slots that make one gradient together have no rows of their own.
             return row if collect is None else row.mean(1, keepdim=True)
 
-        for tolerance in (*attempts, last):
-            row, ledger = self.targets.start_rows(slots, sweep.logits.device, row_dtype(sweep)), Ledger()
-            final = tolerance == last
-            for step in sweep.descend(
-                scalars, keep=keep or not final, collect=collect, row_tolerance=tolerance, relevancy=running
-            ):
-                row = advance(row, step, ledger, sweep.ranks)
-            if final or bool((sweep.ranks.agree(ledger.close(row)[2]) <= sweep.error_limit).all()):
-                break
-        self._enter(ledger, row, slots)
-        return row
+        for step in sweep.descend(scalars, keep=keep, collect=collect, row_tolerance=tolerance, relevancy=running):
+            row = advance(row, step, ledger, sweep.ranks)
+        return row, ledger
 
     def _enter(self, ledger: Ledger, row: Tensor, slots: Sequence[Sequence[int]]) -> None:
         """Take what a descent over ``slots`` has kept into the method's certificate."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..sweep import Sweep
-from ._base import Method, slots_at_once
+from ._base import Method
 
 
 class Chefer(Method):
@@ -19,11 +19,4 @@ class Chefer(Method):
     name: ClassVar[str] = "chefer"
 
     def rows(self, sweep: Sweep) -> Tensor:
-        targets, result = self.targets, self.empty_rows(sweep)
-        scalars, slots = targets.scalars(sweep.logits), targets.slots
-        chunk = slots_at_once(sweep, targets)
-        for first in range(0, len(slots), chunk):
-            part = slice(first, first + chunk)
-            row = self.swept(sweep, scalars[part], slots[part], keep=first + chunk < len(slots))
-            targets.scatter(row, slots[part], result)
-        return result
+        return self.in_chunks(sweep)

@@ -30,9 +30,13 @@ class LvlmInterpret(Method):
     name: ClassVar[str] = "lvlm_interpret"
 
     def __init__(
-        self, targets: Targets, inputs: Mapping[str, Any], prompt_length: int | Sequence[int] | None = None
+        self,
+        targets: Targets,
+        inputs: Mapping[str, Any],
+        prompt_length: int | Sequence[int] | None = None,
+        options: None = None,
     ) -> None:
-        super().__init__(targets, inputs, prompt_length)
+        super().__init__(targets, inputs, prompt_length, options)
         if prompt_length is None:
             raise ArgumentError("prompt_length: method 'lvlm_interpret' needs the column at which the answer starts")
         input_ids = inputs.get("input_ids")
@@ -71,21 +75,21 @@ class LvlmInterpret(Method):
         self.explained = Targets(samples, query_rows, token_ids, targets.batch, targets.columns)
 
     def rows(self, sweep: Sweep) -> Tensor:
-        targets, chain, result = self.targets, self.explained, self.empty_rows(sweep)
-
-        def join(layer: int, grad_outputs: list[Tensor], rows: Tensor | None) -> Tensor:
-            joined = grad_outputs[0].clone()
-            for number, slot in enumerate(chain.slots[1:], start=1):
-                for token in slot:
-                    sample, row = chain.samples[token], chain.query_rows[token]
-                    # The slots share their rows, the union of what each keeps.
-                    at = row if rows is None else rows[sample] == row
-                    joined[sample, :, at] = grad_outputs[number][sample, :, at]
-            return joined[:, None]  # (B, 1, H, n, d): one gradient for all rows
-
-        row = self.swept(sweep, chain.scalars(sweep.logits), targets.slots, collect=join)
+        targets, result = self.targets, self.empty_rows(sweep)
+        row = self.swept(sweep, self.explained.scalars(sweep.logits), targets.slots)
         targets.scatter(row, targets.slots, result)
         return normalise(result, targets)
+
+    def collect(self, layer: int, grad_outputs: list[Tensor], rows: Tensor | None) -> Tensor:
+        """(B, 1, H, n, d): one gradient for all rows, each row's from the token whose own it is."""
+        joined = grad_outputs[0].clone()
+        for number, slot in enumerate(self.explained.slots[1:], start=1):
+            for token in slot:
+                sample, row = self.explained.samples[token], self.explained.query_rows[token]
+                # The slots share their rows, the union of what each keeps.
+                at = row if rows is None else rows[sample] == row
+                joined[sample, :, at] = grad_outputs[number][sample, :, at]
+        return joined[:, None]
 
 
 def normalise(rows: Tensor, targets: Targets) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from lvlm_fastxai.ops._dispatch import BACKENDS, backends, chosen_backend, operators, use_backend
 from lvlm_fastxai.ops.attention_backward_relevancy import attention_backward_relevancy
+from lvlm_fastxai.ops.glimpse_product import glimpse_product
+from lvlm_fastxai.ops.glimpse_statistics import glimpse_statistics
 from lvlm_fastxai.ops.key_ranges import key_ranges
 from lvlm_fastxai.ops.relevancy_product import relevancy_product
 
@@ -12,6 +14,8 @@ __all__ = [
     "attention_backward_relevancy",
     "backends",
     "chosen_backend",
+    "glimpse_product",
+    "glimpse_statistics",
     "key_ranges",
     "operators",
     "relevancy_product",

@@ -16,7 +16,7 @@ from lvlm_fastxai.ops.key_ranges import key_ranges as make_key_ranges
 @dataclass(frozen=True)
 class Arguments:
     """Tensors of one call of `operator`: query (B,H,Sq,d) · key, value (B,Hkv,Sk,d) · grad_output (B,N,H,Sq,d) ·
-    logsumexp (B,H,Sq) · row (B,N,Sq) · output (B,H,Sq,d) where the operator takes one."""
+    logsumexp (B,H,Sq) · row (B,N,Sq) and output (B,H,Sq,d) where the operator takes one."""
 
     operator: str
     query: Tensor
@@ -24,7 +24,7 @@ class Arguments:
     value: Tensor
     grad_output: Tensor
     logsumexp: Tensor
-    row: Tensor
+    row: Tensor | None = None
     output: Tensor | None = None
 
     def refuse(self, name: str, expected: str, got: object) -> NoReturn:
@@ -44,6 +44,7 @@ class Arguments:
         """
         query, key = self.query, self.key
         outputs = () if self.output is None else (("output", self.output, "(B, H, Sq, d)"),)
+        rows = () if self.row is None else (("row", self.row, "(B, N, Sq)"),)
         for name, tensor, axes in (
             ("query", query, "(B, H, Sq, d)"),
             ("key", key, "(B, Hkv, Sk, d)"),
@@ -51,7 +52,7 @@ class Arguments:
             *outputs,
             ("grad_output", self.grad_output, "(B, N, H, Sq, d)"),
             ("logsumexp", self.logsumexp, "(B, H, Sq)"),
-            ("row", self.row, "(B, N, Sq)"),
+            *rows,
         ):
             if tensor.dim() != axes.count(",") + 1:
                 self.refuse(name, f"have shape {axes}", tuple(tensor.shape))
@@ -65,12 +66,12 @@ class Arguments:
                 self.refuse(name, f"have dtype {query.dtype} like `query`", other.dtype)
         state_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         for name, tensor in (("logsumexp", self.logsumexp), ("row", self.row)):
-            if tensor.dtype != state_dtype:
+            if tensor is not None and tensor.dtype != state_dtype:
                 self.refuse(name, f"have dtype {state_dtype}", tensor.dtype)
 
         batch, heads, query_length, head_width = query.shape
         _, key_heads, key_length, _ = key.shape
-        targets = self.row.shape[1]
+        targets = (self.grad_output if self.row is None else self.row).shape[1]
         if head_width == 0:
             self.refuse("query", "have a head width of at least 1", tuple(query.shape))
         if heads == 0:
@@ -78,7 +79,8 @@ class Arguments:
         if key_heads == 0 or heads % key_heads:
             self.refuse("key", f"have a number of heads that divides H = {heads}", key_heads)
         if targets == 0:
-            self.refuse("row", "hold at least one target", tuple(self.row.shape))
+            name, of_targets = ("grad_output", self.grad_output) if self.row is None else ("row", self.row)
+            self.refuse(name, "hold at least one target", tuple(of_targets.shape))
         for name, other, shape in (
             ("key", key, (batch, key_heads, key_length, head_width)),
             ("value", self.value, (batch, key_heads, key_length, head_width)),

@@ -81,3 +81,12 @@ def key_ranges(
         if not causal:
             end = end.minimum(position + window)
     return torch.stack((start, end), dim=-1)
+
+
+def real_columns(key_ranges: Tensor) -> Tensor:
+    """(B, 2) int32: the smallest range of keys that contains those of every row, out of (B, Sq, 2); (0, 0) without."""
+    start, end = key_ranges.to(torch.int32).unbind(-1)
+    seen = start < end
+    first = start.masked_fill(~seen, torch.iinfo(torch.int32).max).amin(1)
+    last = end.masked_fill(~seen, 0).amax(1)
+    return torch.stack((first.minimum(last), last), dim=-1)

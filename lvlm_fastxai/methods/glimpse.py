@@ -1,0 +1,249 @@
+"""GLIMPSE (arXiv 2506.18985): head weighting and adaptive layer propagation, in one sweep.
+
+    G[h] = max(0, dP[h]) ∘ P[h]      w_h = softmax_h( ΣG[h] / Σ max(0, dP[h]) / λ )      E = rownorm( Σ_h w_h G[h] )
+    γ_l  = ‖ Σ_h dP_l[h] ‖₁          s_l = softmax_l( λ_d·l )                            α_l = γ_l s_l / Z
+    row ← e_{q*};   for l = L … 1:   row ← row + ½ α_l · row @ E_l                       Z = Σ_k γ_k s_k
+
+(``propagation="identity"``: without the ½.) Z needs every layer's γ, and the sweep meets the top layer first. So it
+carries the row as a polynomial in 1/Z: coefficient rows c_0 = e_{q*} and c_k ← c_k + ½ γ_l s_l · c_{k−1} @ E_l, and in
+the end row = Σ_k c_k / Z^k. Rows of E sum to at most 1 and the α to 1, so what k > K would add is at most
+½^{K+1} / (K+1)! and a little; K is the smallest for which that is below ``TRUNCATION``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import ArgumentError, UnsupportedModelError
+from ..pruning import Ledger
+from ..sweep import LayerStep, Sweep
+from ..targets import Targets
+from ._base import Method, row_dtype
+
+# What cutting the polynomial in 1/Z off may cost of a row of length 1.
+TRUNCATION = 1e-6
+# λ_d was tuned on a backbone with this many layers; "scaled" keeps the prior's shape over all layers.
+TUNED_LAYERS = 64
+
+PROPAGATIONS = {"literal": 0.5, "identity": 1.0}  # how much of α_l a layer adds
+STATS_DOMAINS = ("full", "causal")
+ROUTES = ("one_sweep", "two_sweeps")
+
+
+@dataclass(frozen=True)
+class GlimpseOptions:
+    """The choices that GLIMPSE (arXiv 2506.18985) leaves, and two of ours.
+
+    Attributes:
+        propagation: "literal", Π (2I + α_l E_l) as the paper writes it, whose common factor 2^L is left out; or
+            "identity", Π (I + α_l E_l).
+        stats_domain: where dP is summed for w and γ: "full", over all columns of the sample as published code does,
+            although no row sees the columns after it, or "causal", over the columns that a row sees.
+        head_temperature: λ of the softmax over heads, above 0.
+        depth_rate: λ_d of the prior over layers; "scaled" is 0.2·64/L for L layers.
+        layers: "all", or "top:F" with 0 < F ≤ 1: the share F of the layers, counted from the top; the others are left
+            out of the product, and of the backward.
+        route: "one_sweep", or "two_sweeps": the first for Z alone. Twice the time; the referee of the other.
+
+    Raises:
+        ArgumentError: a value is none of these.
+
+    Example:
+        >>> GlimpseOptions(layers="top:0.6").lowest(10)
+        4
+    """
+
+    propagation: str = "literal"
+    stats_domain: str = "full"
+    head_temperature: float = 0.5
+    depth_rate: float | str = 0.2
+    layers: str = "all"
+    route: str = "one_sweep"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("propagation", tuple(PROPAGATIONS)),
+            ("stats_domain", STATS_DOMAINS),
+            ("route", ROUTES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ArgumentError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not _is_finite(self.head_temperature) or self.head_temperature <= 0:
+            raise ArgumentError(f"head_temperature: expected a number above 0, got {self.head_temperature!r}")
+        if self.depth_rate != "scaled" and not _is_finite(self.depth_rate):
+            raise ArgumentError(f'depth_rate: expected a number or "scaled", got {self.depth_rate!r}')
+        if not 0 < self._share <= 1:
+            raise ArgumentError(f'layers: expected "all" or "top:F" with 0 < F ≤ 1, got {self.layers!r}')
+
+    @property
+    def _share(self) -> float:
+        if self.layers == "all":
+            return 1.0
+        head, _, share = str(self.layers).partition(":")
+        try:
+            return float(share) if head == "top" else math.nan
+        except ValueError:
+            return math.nan
+
+    def lowest(self, layers: int) -> int:
+        """Index of the lowest of the layers that take part."""
+        return layers - max(1, round(self._share * layers))
+
+    def priors(self, layers: int) -> list[float]:
+        """s_l of every layer, bottom first, but for a common factor, which Z takes out again: 1 for the top layer."""
+        rate = 0.2 * TUNED_LAYERS / layers if self.depth_rate == "scaled" else float(self.depth_rate)
+        # The largest is 1, whatever the sign of the rate.
+        top = max(0.0, rate * (layers - 1))
+        return [math.exp(rate * index - top) for index in range(layers)]
+
+    def terms(self, layers: int) -> int:
+        """K: how many powers of 1/Z are carried; each layer gives one at most."""
+        factor = PROPAGATIONS[self.propagation]
+        enough = next(k for k in itertools.count(1) if factor ** (k + 1) / math.factorial(k + 1) < TRUNCATION)
+        return min(enough, layers - self.lowest(layers))
+
+
+class Glimpse(Method):
+    """The method on a teacher-forced pass over prompt and answer; every row uses the target's own gradient."""
+
+    name: ClassVar[str] = "glimpse"
+    options_type: ClassVar[type | None] = GlimpseOptions
+
+    def __init__(
+        self,
+        targets: Targets,
+        inputs: Mapping[str, Any],
+        prompt_length: int | Sequence[int] | None = None,
+        options: GlimpseOptions | None = None,
+    ) -> None:
+        super().__init__(targets, inputs, prompt_length, options)
+        self.options = options or GlimpseOptions()
+
+    def rows(self, sweep: Sweep) -> Tensor:
+        if sweep.ranks.group is not None:
+            raise UnsupportedModelError(
+                "method 'glimpse' sums the heads of dP before it takes magnitudes, which heads on different ranks do "
+                "not allow; load the model without a tensor-parallel plan, or use method 'chefer'"
+            )
+        return self.in_chunks(sweep)
+
+    def descend(
+        self, sweep: Sweep, scalars: Sequence[Tensor], slots: Sequence[Sequence[int]], tolerance: float, *, keep: bool
+    ) -> tuple[Tensor, Ledger]:
+        options, layers = self.options, len(sweep)
+        start = self.targets.start_rows(slots, sweep.logits.device, row_dtype(sweep))
+        if options.route == "one_sweep":
+            rows = _Rows(options, layers, start, options.terms(layers))
+            return self._descend_once(sweep, rows, scalars, tolerance, keep=keep)
+        first = _Rows(options, layers, start, 0)
+        self._descend_once(sweep, first, scalars, tolerance, keep=True)
+        return self._descend_once(sweep, _Rows(options, layers, start, 0, first), scalars, tolerance, keep=keep)
+
+    def _descend_once(
+        self, sweep: Sweep, rows: _Rows, scalars: Sequence[Tensor], tolerance: float, *, keep: bool
+    ) -> tuple[Tensor, Ledger]:
+        ledger = Ledger()
+        before = rows.row()
+        for step in sweep.descend(scalars, keep=keep, each=rows.advance, row_tolerance=tolerance, relevancy=rows.row):
+            after = rows.row()
+            ledger.enter(step.selection, before.to(after.device), after - before.to(after.device))
+            before = after
+            if step.index == self.options.lowest(len(sweep)):
+                break
+        return before, ledger
+
+
+class _Rows:
+    """The running rows of one descent: the coefficients of a polynomial in 1/Z, or the rows themselves.
+
+    Args:
+        start: (B, n, S), e_{q*} of each target.
+        terms: K; 0 for a descent that is after Z alone.
+        whole: of a descent that has found Z.
+    """
+
+    def __init__(
+        self, options: GlimpseOptions, layers: int, start: Tensor, terms: int, whole: _Rows | None = None
+    ) -> None:
+        self._options = options
+        self._priors = options.priors(layers)
+        self._factor = PROPAGATIONS[options.propagation]
+        self._coefficients = torch.stack([start, *[torch.zeros_like(start)] * terms], dim=2)  # (B, n, K+1, S)
+        self._reached = [0] * start.shape[1]  # highest power of each slot so far
+        # Z so far, in units of the largest γ·s so far: powers of γ itself would overflow.
+        self._unit, self._total = (torch.zeros(start.shape[:2], dtype=start.dtype, device=start.device) for _ in "uz")
+        self._whole = whole
+
+    def row(self) -> Tensor:
+        """(B, n, S): the rows, were the layer reached so far the lowest."""
+        inverse = torch.where(self._total > 0, 1 / self._total, 0)
+        powers = inverse[..., None] ** torch.arange(self._coefficients.shape[2], device=inverse.device)
+        return (powers[..., None] * self._coefficients).sum(2)
+
+    def advance(self, step: LayerStep, part: slice) -> None:
+        """One layer further down, for the slots in ``part``."""
+        device = step.query.device
+        self._coefficients, self._unit, self._total = (
+            tensor.to(device) for tensor in (self._coefficients, self._unit, self._total)
+        )
+        batch, terms = self._coefficients.shape[0], self._coefficients.shape[2] - 1
+        row_sums, gradient_sums, norm = ops.glimpse_statistics(
+            *(step.query, step.key, step.value, step.grad_output, step.logsumexp),
+            domain=self._options.stats_domain,
+            columns=step.columns,
+            scale=step.scale,
+            key_ranges=step.key_ranges,
+        )
+        gain = norm.view(batch, -1) * self._priors[step.index]  # γ·s
+        if self._whole is not None:
+            unit, total = self._whole._unit[:, part].to(device), self._whole._total[:, part].to(device)
+            share = torch.where(total > 0, gain / unit / total, 0)  # α
+            rows = self._coefficients[:, part]
+            added = self._product(step, rows, row_sums, gradient_sums)
+            self._coefficients[:, part] = rows + self._factor * share[..., None, None] * added
+            return
+        unit = self._unit[:, part].maximum(gain)
+        shrunk = torch.where(unit > 0, self._unit[:, part] / unit, 1)
+        relative = torch.where(unit > 0, gain / unit, 0)
+        self._total[:, part] = self._total[:, part] * shrunk + relative
+        self._unit[:, part] = unit
+        if terms == 0:
+            return
+        powers = shrunk[..., None] ** torch.arange(terms + 1, device=device)
+        rows = self._coefficients[:, part] * powers[..., None]
+        # After m layers there are m powers at most.
+        reached = min(terms - 1, self._reached[part.start])
+        added = self._product(step, rows[:, :, : reached + 1], row_sums, gradient_sums)
+        rows[:, :, 1 : reached + 2] += self._factor * relative[..., None, None] * added
+        self._coefficients[:, part] = rows
+        self._reached[part] = [reached + 1] * len(self._reached[part])
+
+    def _product(self, step: LayerStep, rows: Tensor, row_sums: Tensor, gradient_sums: Tensor) -> Tensor:
+        """(B, g, K, S) rows @ E."""
+        where_positive = torch.where(gradient_sums > 0, row_sums.sum(-1) / gradient_sums, 0)
+        head_weights = (where_positive / self._options.head_temperature).softmax(-1)
+        weights = rows
+        if step.selection is not None:
+            kept = step.selection.rows.to(rows.device)[:, :, None]  # (B, g, 1, n)
+            weights = rows.gather(3, kept.expand(-1, -1, rows.shape[2], -1))
+        product = ops.glimpse_product(
+            *(step.query, step.key, step.value, step.grad_output, step.logsumexp),
+            weights.reshape(step.query.shape[0], 1, *weights.shape[2:]),
+            head_weights,
+            row_sums,
+            scale=step.scale,
+            key_ranges=step.key_ranges,
+        )
+        return product.view_as(rows)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
