@@ -83,9 +83,7 @@ float dot(const float* a, const float* b, int64_t pitch) {
   for (int64_t k = 0; k < pitch; k += kLanes) {
     sum += *reinterpret_cast<const Floats*>(a + k) * *reinterpret_cast<const Floats*>(b + k);
   }
-  float total = 0.0f;
-  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
-  return total;
+  return sum_of_lanes(sum);
 }
 
 // Gathers the next rows that see any of the block's keys, filled up with rows that see none to whole tiles.

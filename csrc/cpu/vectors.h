@@ -234,6 +234,16 @@ inline Floats rectified(Floats product) {
   return product < 0.0f ? Floats{} : product;
 }
 
+// Halves added to halves.
+inline float sum_of_lanes(Floats sum) {
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, &sum, sizeof(sum));
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
+
 inline Ints count_lanes() {
   Ints lanes = {};
   for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
