@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import families, ops
+    from .aggregation import Aggregate, Aggregator, aggregate
     from .explainer import Explainer
     from .explanation import Explanation
+    from .methods import GlimpseOptions
     from .ops import use_backend
     from .relevancy import relevancy_rows
     from .tiny import load_tiny_lvlm
@@ -19,15 +21,31 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Aggregate": ".aggregation",
+    "Aggregator": ".aggregation",
     "Explainer": ".explainer",
     "Explanation": ".explanation",
+    "GlimpseOptions": ".methods",
+    "aggregate": ".aggregation",
     "load_tiny_lvlm": ".tiny",
     "relevancy_rows": ".relevancy",
     "use_backend": ".ops",
 }
 _MODULES = ("families", "ops")
 
-__all__ = ["Explainer", "Explanation", "families", "load_tiny_lvlm", "ops", "relevancy_rows", "use_backend"]
+__all__ = [
+    "Aggregate",
+    "Aggregator",
+    "Explainer",
+    "Explanation",
+    "GlimpseOptions",
+    "aggregate",
+    "families",
+    "load_tiny_lvlm",
+    "ops",
+    "relevancy_rows",
+    "use_backend",
+]
 
 
 def __getattr__(name: str) -> Any:

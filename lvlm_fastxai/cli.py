@@ -11,7 +11,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,10 @@ from .errors import ArgumentError, FastXAIError
 
 if TYPE_CHECKING:
     from .explainer import Explainer
+    from .methods import GlimpseOptions
 
-METHODS = ("chefer", "lvlm_interpret", "raw_attention")
+METHODS = ("chefer", "lvlm_interpret", "glimpse", "raw_attention")
+OPTIONS = ("propagation", "stats_domain", "head_temperature", "depth_rate", "layers")  # of --method glimpse
 MEMORY_MODES = ("fast", "lean", "min")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -155,7 +157,7 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--row-tolerance",
-        type=_row_tolerance,
+        type=_number_or("auto"),
         default=0.0,
         metavar="E",
         help="share of gradient and relevancy that may be left out at each layer, 0 to below 1; 'auto': as much as the "
@@ -163,6 +165,37 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="longest answer, in tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens",
+        default="all",
+        metavar="all|content|top:K",
+        help="which tokens of the answer to explain: all, those of content words, or the K most probable of these "
+        "(default: %(default)s)",
+    )
+    glimpse = parser.add_argument_group("options of --method glimpse")
+    glimpse.add_argument(
+        "--propagation",
+        choices=("literal", "identity"),
+        help="literal: the product of 2I + αE, as the paper writes it (default); identity: of I + αE",
+    )
+    glimpse.add_argument(
+        "--stats-domain",
+        choices=("full", "causal"),
+        help="columns over which attention gradients are summed for the weights of heads and layers: all of them "
+        "(default, as published code does), or those that a row sees",
+    )
+    glimpse.add_argument(
+        "--head-temperature", type=float, metavar="L", help="temperature of the weights of heads (default: 0.5)"
+    )
+    glimpse.add_argument(
+        "--depth-rate",
+        type=_number_or("scaled"),
+        metavar="L",
+        help="how much upper layers count for more; 'scaled': 12.8 over the number of layers (default: 0.2)",
+    )
+    glimpse.add_argument(
+        "--layers", metavar="all|top:F", help="take the share F of the layers only, from the top (default: all)"
     )
     parser.add_argument("--backend", choices=BACKENDS, help="kernel to use; default: the first that works here")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
@@ -174,11 +207,14 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _row_tolerance(text: str) -> float | str:
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected 'auto' or a number from 0 to below 1, got {text!r}") from None
+def _number_or(word: str) -> Callable[[str], float | str]:
+    def parse(text: str) -> float | str:
+        try:
+            return text if text == word else float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected '{word}' or a number, got {text!r}") from None
+
+    return parse
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -200,6 +236,12 @@ def _explain(args: argparse.Namespace) -> int:
         f"confidence {explanation.confidence:.1%} · answered in {seconds['generate']:.2f} s, "
         f"explained in {seconds['explain']:.2f} s ({explanation.method}, backend {explanation.backend})"
     )
+    if explanation.untouched:
+        explained, left = len(explanation.tokens), len(explanation.untouched)
+        print(
+            f"{explained} of {explained + left} tokens explained; the others hold {explanation.untouched_share:.1%} of "
+            "the answer's probability mass"
+        )
     if explanation.share_of_rows < 1:
         print(
             f"pruned: {explanation.share_of_rows:.1%} of the rows visited, estimated error of a token's relevancy at "
@@ -246,9 +288,25 @@ def _check_question(args: argparse.Namespace) -> None:
         raise ArgumentError(f"--max-new-tokens: expected at least 1, got {args.max_new_tokens}")
     from .picture import load_picture
     from .relevancy import check_row_tolerance
+    from .token_choice import check_tokens
 
     load_picture(args.image)
     check_row_tolerance(args.row_tolerance)
+    check_tokens(args.tokens)
+    _options(args)
+
+
+def _options(args: argparse.Namespace) -> GlimpseOptions | None:
+    """Of the method, as far as any was given."""
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    if given and args.method != "glimpse":
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ArgumentError(f"{names}: an option of --method glimpse, not of {args.method}")
+    if args.method != "glimpse":
+        return None
+    from .methods import GlimpseOptions
+
+    return GlimpseOptions(**given)
 
 
 def _own_arguments(args: argparse.Namespace) -> list[str]:
@@ -259,10 +317,12 @@ def _own_arguments(args: argparse.Namespace) -> list[str]:
         "memory": MEMORY_MODES[0],
         "row_tolerance": 0.0,
         "max_new_tokens": 64,
+        "tokens": "all",
         "device": "cpu",
         "dtype": "auto",
     }
-    for name in ("model", "method", "memory", "row_tolerance", "max_new_tokens", "backend", "device", "dtype", "out"):
+    names = ("model", "method", *OPTIONS, "tokens", "memory", "row_tolerance", "max_new_tokens")
+    for name in (*names, "backend", "device", "dtype", "out"):
         value = getattr(args, name)
         if value is not None and value != defaults.get(name):
             words += ["--" + name.replace("_", "-"), str(value)]
@@ -292,7 +352,15 @@ def _explainer(args: argparse.Namespace) -> Explainer:
     from .explainer import Explainer
 
     model, processor, _ = load_checkpoint(args.model, args.device, args.dtype)
-    return Explainer(model, processor, method=args.method, memory=args.memory, row_tolerance=args.row_tolerance)
+    return Explainer(
+        model,
+        processor,
+        method=args.method,
+        memory=args.memory,
+        row_tolerance=args.row_tolerance,
+        options=_options(args),
+        tokens=args.tokens,
+    )
 
 
 @contextmanager

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import inspect
+import math
 import os
 import platform
 import string
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,16 +24,27 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from . import families, ops
+from .aggregation import aggregate
 from .cost import Estimate, estimate_cost
 from .errors import ArgumentError, FastXAIError, UnknownFamilyError, UnsupportedModelError
-from .explanation import ExplainedImage, Explanation, PromptToken, Pruned, TokenExplanation
-from .methods import METHODS
+from .explanation import (
+    Comparison,
+    ExplainedImage,
+    Explanation,
+    PromptToken,
+    Pruned,
+    TokenExplanation,
+    TokenWeight,
+    UntouchedToken,
+)
+from .methods import METHODS, GlimpseOptions, check_options
 from .picture import load_picture, one_line
 from .pruning import tolerances
 from .recording import Recorder, logits_agree, saves_a_forward
 from .relevancy import RelevancyRows, check_row_tolerance, explain_rows
 from .sharding import find_ranks
 from .sweep import MEMORY_MODES, Recording
+from .token_choice import check_tokens, choose_tokens
 
 __all__ = ["Estimate", "Explainer"]
 
@@ -53,11 +65,15 @@ class Explainer:
     Args:
         model: a transformers image-text-to-text model with a decoder-only language model.
         processor: its processor (pictures and text).
-        method: "chefer" (default), "lvlm_interpret" or "raw_attention"; see `relevancy_rows`.
+        method: "chefer" (default), "lvlm_interpret", "glimpse" or "raw_attention"; see `relevancy_rows`. "glimpse"
+            weights the answer's tokens and compares its maps with those of "chefer".
         memory: "fast" keeps activations, "lean" recomputes layer by layer, "min" also keeps layer inputs off the
             device.
         row_tolerance: 0 for the exact sweep, ε > 0 for the pruned one, "auto" for what the dtype's rounding allows; see
             `relevancy_rows`.
+        options: `GlimpseOptions` for method "glimpse"; None for its defaults.
+        tokens: of the answer, which are explained: "all", "content" (those of content words) or "top:K" (the K most
+            probable of these); one backward each.
         prompt_template: text around image and question, with the fields ``{image}`` and ``{question}``, for a processor
             without a chat template. None: the chat template, and ``"{image}{question}"`` where there is none.
 
@@ -81,10 +97,12 @@ class Explainer:
         method: str = "chefer",
         memory: str = "fast",
         row_tolerance: float | str = 0.0,
+        options: GlimpseOptions | None = None,
+        tokens: str = "all",
         prompt_template: str | None = None,
     ) -> None:
-        if method not in METHODS:
-            raise ArgumentError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+        check_options(method, options)
+        check_tokens(tokens)
         if memory not in MEMORY_MODES:
             raise ArgumentError(f"memory: expected one of {', '.join(MEMORY_MODES)}, got {memory!r}")
         check_row_tolerance(row_tolerance)
@@ -111,6 +129,8 @@ class Explainer:
         self.method = method
         self.memory = memory
         self.row_tolerance = row_tolerance
+        self.options = options
+        self.tokens = tokens
         self.prompt_template = prompt_template
 
     def __call__(
@@ -121,7 +141,7 @@ class Explainer:
         max_new_tokens: int = 64,
         progress: Progress | None = None,
     ) -> Explanation:
-        """Answer the question and explain every token of the answer.
+        """Answer the question and explain the tokens of the answer.
 
         The answer is generated greedily without a graph; then one teacher-forced pass over prompt and answer gives
         every token's relevancy row. In memory mode "lean", and with a row tolerance in "fast", the sweep starts from
@@ -132,7 +152,8 @@ class Explainer:
                 of them for a question about several pictures.
             question: plain text, without image markers.
             max_new_tokens: the longest answer, in tokens.
-            progress: called as ``progress(stage, done, total)`` with the stages "generate" (tokens) and "explain".
+            progress: called as ``progress(stage, done, total)`` with the stages "generate" (tokens) and "explain"
+                (layers, of all tokens that go down together).
 
         Raises:
             ArgumentError: an unreadable picture, an empty question, no image token in the prompt, logits that are NaN.
@@ -148,7 +169,7 @@ class Explainer:
 
         started = time.perf_counter()
         recorder = self._recorder(inputs)
-        generated, chosen_by = self._generate(inputs, max_new_tokens, report, recorder)
+        generated, probabilities, chosen_by = self._generate(inputs, max_new_tokens, report, recorder)
         generate_seconds = time.perf_counter() - started
         ends = self._end_tokens()
         if generated and generated[-1] in ends:
@@ -162,22 +183,34 @@ class Explainer:
 
         joined = self._join(inputs, generated)
         recording = None if recorder is None else recorder.recording()[0]
-        targets = [(0, prompt_length + index - 1, generated[index]) for index in kept]
+        pieces = self._pieces([generated[index] for index in kept])
+        chosen = choose_tokens(pieces, [probabilities[index] for index in kept], self.tokens)
+        untouched = [
+            UntouchedToken(pieces[place], generated[index], prompt_length + index, probabilities[index])
+            for place, index in enumerate(kept)
+            if place not in chosen
+        ]
+        explained = [kept[place] for place in chosen]
+        targets = [(0, prompt_length + index - 1, generated[index]) for index in explained]
         report("explain", 0, 1)
         started = time.perf_counter()
         with _peak_memory(joined["input_ids"].device) as peak:
-            result = self._explain(joined, targets, prompt_length, recording, chosen_by)
+            result = self._explain(joined, targets, prompt_length, recording, chosen_by, partial(report, "explain"))
         explain_seconds = time.perf_counter() - started
         report("explain", 1, 1)
         _check_finite(result)
         if result.fallback is not None:
             notes.append(f"Every layer was swept whole, row_tolerance had no effect. {result.fallback}.")
-        explained = [generated[index] for index in kept]
-        positions = [prompt_length + index for index in kept]
         return Explanation(
             question=question,
             answer=self._decode(generated).strip(),
-            tokens=reading.tokens(result, self._pieces(explained), explained, positions),
+            tokens=reading.tokens(
+                result,
+                [pieces[place] for place in chosen],
+                [generated[index] for index in explained],
+                [prompt_length + index for index in explained],
+                weighted=self.method == "glimpse",
+            ),
             prompt_tokens=reading.prompt_tokens,
             images=reading.images,
             method=self.method,
@@ -194,12 +227,16 @@ class Explainer:
             prompt_length=prompt_length,
             versions=_versions(),
             notes=notes,
+            options=_options(self.method, self.options),
+            chosen_tokens=self.tokens,
+            untouched=untouched,
+            comparison=reading.comparison(result),
         )
 
     def answer(self, image: Any, question: str, *, max_new_tokens: int = 64) -> str:
         """The greedy answer alone; arguments and errors as in calling the explainer."""
         _, inputs, _ = self._prepare(image, question, max_new_tokens)
-        generated, _ = self._generate(inputs, max_new_tokens, lambda stage, done, total: None)
+        generated, *_ = self._generate(inputs, max_new_tokens, lambda stage, done, total: None)
         return self._decode(generated).strip()
 
     def estimate(self, image: Any, question: str, *, max_new_tokens: int = 64) -> Estimate:
@@ -313,6 +350,7 @@ class Explainer:
         prompt_length: int,
         recording: Recording | None,
         chosen_by: Tensor | None,
+        progress: Callable[[int, int], None],
     ) -> RelevancyRows:
         """Rows of the targets, from what `generate` has computed where that can be used, else from a forward."""
         accepted = self._accepted(joined)
@@ -323,6 +361,9 @@ class Explainer:
             memory=self.memory,
             row_tolerance=self.row_tolerance,
             prompt_length=prompt_length,
+            options=self.options,
+            compare=self.method == "glimpse",
+            progress=progress,
         )
         if recording is None or chosen_by is None:
             return explain(accepted, targets)
@@ -340,13 +381,15 @@ class Explainer:
         ranks = find_ranks(self.model, self.model.config.get_text_config())
         if not bool(ranks.agree(torch.tensor([agree]))):
             return explain(accepted, targets)
-        rows = nn.functional.pad(result.rows, (0, columns - recording.columns))
-        return replace(result, rows=rows)
+        missing = (0, columns - recording.columns)
+        compared = None if result.compared is None else nn.functional.pad(result.compared, missing)
+        return replace(result, rows=nn.functional.pad(result.rows, missing), compared=compared)
 
     def _generate(
         self, inputs: Mapping[str, Any], max_new_tokens: int, report: Progress, recorder: Recorder | None = None
-    ) -> tuple[list[int], Tensor | None]:
-        """Tokens of the greedy answer and, with a recorder, the (steps, V) fp32 logits that they were chosen by."""
+    ) -> tuple[list[int], list[float], Tensor | None]:
+        """Tokens of the greedy answer; their probabilities, NaN where no choice rests on them; and, with a recorder,
+        the (steps, V) fp32 logits that they were chosen by."""
         prompt_length = inputs["input_ids"].shape[1]
 
         # A model that writes an image marker would ask, in the teacher-forced pass, for a picture that is not there.
@@ -364,6 +407,7 @@ class Explainer:
                 return scores.index_fill(-1, markers, -torch.inf)
 
         report("generate", 0, max_new_tokens)
+        wanted = recorder is not None or self.tokens != "all"
         with recorder or _evaluating(self.model), torch.no_grad():
             output = self.model.generate(
                 **self._accepted(inputs),
@@ -376,10 +420,14 @@ class Explainer:
                 top_k=None,
                 logits_processor=LogitsProcessorList([Watch()]),
                 return_dict_in_generate=True,
-                output_logits=recorder is not None,
+                output_logits=wanted,
             )
-        logits = None if recorder is None else torch.cat(output.logits).float().cpu()
-        return output.sequences[0, prompt_length:].tolist(), logits
+        generated = output.sequences[0, prompt_length:].tolist()
+        if not wanted:
+            return generated, [math.nan] * len(generated), None
+        logits = torch.cat(output.logits).float().cpu()
+        probabilities = logits.softmax(-1)[range(len(generated)), generated].tolist()
+        return generated, probabilities, None if recorder is None else logits
 
     def _end_tokens(self) -> set[int]:
         ends: set[int] = set()
@@ -473,15 +521,40 @@ class _Reading:
     prompt_tokens: list[PromptToken]
 
     def tokens(
-        self, result: RelevancyRows, pieces: Sequence[str], token_ids: Sequence[int], positions: Sequence[int]
+        self,
+        result: RelevancyRows,
+        pieces: Sequence[str],
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        *,
+        weighted: bool,
     ) -> list[TokenExplanation]:
-        """One TokenExplanation per row of `result`."""
+        """One TokenExplanation per row of `result`; `weighted`: with what the tokens count for in the answer's maps."""
         columns = [token.position for token in self.prompt_tokens]
         question = [token.position for token in self.prompt_tokens if token.in_question]
         template = [token.position for token in self.prompt_tokens if not token.in_question]
         image = sorted(set(range(self.prompt_length)) - set(columns))
         rows = result.rows.detach().float().cpu()  # (N, S)
         logits, probabilities = result.logits.tolist(), result.probabilities.tolist()
+        weights: list[TokenWeight | None] = [None] * len(rows)
+        if weighted:
+            query_rows = [position - 1 for position in positions]
+            # The words of the question, or of the prompt where there are none between template and image.
+            found = aggregate(rows, result.probabilities.cpu(), image, question or columns, query_rows=query_rows)
+            numbers = zip(
+                *(
+                    part.tolist()
+                    for part in (
+                        found.prompt_alignment,
+                        found.visual_grounding,
+                        found.image_weights,
+                        found.prompt_weights,
+                        found.token_scores,
+                    )
+                ),
+                strict=True,
+            )
+            weights = [TokenWeight(*of_token) for of_token in numbers]
         explained = []
         for index, (row, position) in enumerate(zip(rows, positions, strict=True)):
             others = row.clone()
@@ -502,9 +575,18 @@ class _Reading:
                         "answer": float(others[self.prompt_length : position].sum()),
                     },
                     pruned=_pruned(result, index),
+                    weight=weights[index],
                 )
             )
         return explained
+
+    def comparison(self, result: RelevancyRows) -> Comparison | None:
+        """The other method's maps, where the sweep has computed them."""
+        if result.compared is None:
+            return None
+        row = result.compared.detach().float().cpu().mean(0)
+        columns = [token.position for token in self.prompt_tokens]
+        return Comparison("chefer", [layout.read(row).numpy() for layout in self.layouts], row[columns].numpy())
 
 
 def _pruned(result: RelevancyRows, index: int) -> Pruned | None:
@@ -517,6 +599,12 @@ def _pruned(result: RelevancyRows, index: int) -> Pruned | None:
         dropped=certificate.dropped[index].tolist(),
         estimated_error=float(certificate.error[index]),
     )
+
+
+def _options(method: str, options: GlimpseOptions | None) -> dict[str, Any]:
+    """The options that were in force, by name."""
+    kind = METHODS[method].options_type
+    return {} if kind is None else asdict(options or kind())
 
 
 def _find_question(pieces: Sequence[str], question: str) -> set[int]:

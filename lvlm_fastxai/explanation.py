@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,27 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-__all__ = ["SCHEMA", "ExplainedImage", "Explanation", "PromptToken", "Pruned", "TokenExplanation", "prepare_directory"]
+__all__ = [
+    "SCHEMA",
+    "Comparison",
+    "ExplainedImage",
+    "Explanation",
+    "PromptToken",
+    "Pruned",
+    "TokenExplanation",
+    "TokenWeight",
+    "UntouchedToken",
+    "prepare_directory",
+]
 
 SCHEMA = "lvlm-fastxai/explanation/1"
 
 CONFIDENCE_DEFINITION = "geometric mean of the probabilities of the answer's tokens"
 ANSWER_DEFINITION = "arithmetic mean of the raw values over the answer's tokens"
+WEIGHTED_DEFINITION = (
+    "sum of the tokens' values, weighted by probability times prompt alignment for the image and by probability times "
+    "visual grounding for the prompt (GLIMPSE)"
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,50 @@ class Pruned:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for `json.dump`."""
-        return {"rows_kept": self.rows_kept, "dropped": self.dropped, "estimated_error": self.estimated_error}
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TokenWeight:
+    """What an answer token counts for in the answer's maps: GLIMPSE, arXiv 2506.18985.
+
+    Attributes:
+        prompt_alignment: a, mean relevancy of the question's tokens, identity entry left out.
+        visual_grounding: v, mean relevancy of the image's tokens.
+        image_weight: β^V = p·a over its sum, the weight in the answer's image map.
+        prompt_weight: β^P = p·v over its sum, the weight in the answer's prompt scores.
+        score: γ = β^V·β^P.
+    """
+
+    prompt_alignment: float
+    visual_grounding: float
+    image_weight: float
+    prompt_weight: float
+    score: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for `json.dump`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class UntouchedToken:
+    """An answer token that was not explained: text, id, position, and the probability it was generated with."""
+
+    text: str
+    token_id: int
+    position: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Another method's maps of the same answer, the mean over the explained tokens: one (h, w) fp32 map per image, and
+    (P,) fp32 scores of the prompt's text tokens."""
+
+    method: str
+    image_maps: list[NDArray[np.float32]]
+    prompt_scores: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -84,6 +142,7 @@ class TokenExplanation:
         shares: where the raw relevancy of the row lies, self entry left out: sums over "image", "question", "template"
             (the rest of the prompt's text) and "answer" (the answer's earlier tokens).
         pruned: what a pruned sweep kept; None if the row is exact.
+        weight: what the token counts for in the answer's maps; None for a method that weights all alike.
     """
 
     text: str
@@ -95,6 +154,7 @@ class TokenExplanation:
     prompt_scores: NDArray[np.float32]
     shares: dict[str, float]
     pruned: Pruned | None = None
+    weight: TokenWeight | None = None
 
     @property
     def image_map(self) -> NDArray[np.float32]:
@@ -111,7 +171,7 @@ class Explanation:
 
     Attributes:
         question, answer: the texts.
-        tokens: one `TokenExplanation` per answer token, special tokens left out.
+        tokens: one `TokenExplanation` per explained answer token; special tokens are left out.
         prompt_tokens: the prompt's text tokens, aligned with every `prompt_scores`.
         images: the pictures with the rectangle that the maps cover.
         method, memory, row_tolerance: how it was computed.
@@ -123,6 +183,10 @@ class Explanation:
         versions: of this package, torch, transformers and Python.
         command: a command line that computes it again; empty if called from Python.
         notes: what the reader must know (for example why there is no image map).
+        options: of the method, by name; empty for a method without any.
+        chosen_tokens: "all", "content" or "top:K".
+        untouched: the answer's tokens that were not chosen, special tokens left out.
+        comparison: another method's maps of the same answer.
 
     Example:
         >>> import lvlm_fastxai as fx
@@ -153,12 +217,24 @@ class Explanation:
     versions: dict[str, str]
     command: str = ""
     notes: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    chosen_tokens: str = "all"
+    untouched: list[UntouchedToken] = field(default_factory=list)
+    comparison: Comparison | None = None
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the answer's maps weight its tokens."""
+        return all(token.weight is not None for token in self.tokens)
 
     @property
     def image_maps(self) -> list[NDArray[np.float32]]:
-        """One (h, w) fp32 map per image for the whole answer: the mean of its tokens' raw maps."""
+        """One (h, w) fp32 map per image for the whole answer: the mean of its tokens' raw maps, or their sum by
+        `TokenWeight.image_weight`."""
+        weights = [1 / len(self.tokens) if t.weight is None else t.weight.image_weight for t in self.tokens]
         return [
-            np.mean(maps, axis=0, dtype=np.float32) for maps in zip(*(t.image_maps for t in self.tokens), strict=True)
+            np.einsum("t,thw->hw", weights, np.stack(maps, dtype=np.float64)).astype(np.float32)
+            for maps in zip(*(t.image_maps for t in self.tokens), strict=True)
         ]
 
     @property
@@ -168,8 +244,23 @@ class Explanation:
 
     @property
     def prompt_scores(self) -> NDArray[np.float32]:
-        """(P,) fp32: the mean over the answer's tokens of their raw scores on the prompt's text tokens."""
-        return np.mean([t.prompt_scores for t in self.tokens], axis=0, dtype=np.float32)
+        """(P,) fp32: the mean over the answer's tokens of their raw scores on the prompt's text tokens; or their sum by
+        `TokenWeight.prompt_weight`, identity entries left out."""
+        if not self.weighted:
+            return np.mean([t.prompt_scores for t in self.tokens], axis=0, dtype=np.float32)
+        total = np.zeros(len(self.prompt_tokens))
+        for token in self.tokens:
+            own = np.array([prompt_token.position == token.position - 1 for prompt_token in self.prompt_tokens])
+            assert token.weight is not None
+            total += token.weight.prompt_weight * (token.prompt_scores - own)
+        return total.astype(np.float32)
+
+    @property
+    def untouched_share(self) -> float:
+        """Share of the answer's probability mass, Σ p, that lies on tokens which were not explained."""
+        left_out = sum(token.probability for token in self.untouched)
+        total = left_out + sum(token.probability for token in self.tokens)
+        return left_out / total if total > 0 else 0.0
 
     @property
     def shares(self) -> dict[str, float]:
@@ -190,7 +281,7 @@ class Explanation:
     @property
     def confidence(self) -> float:
         """Geometric mean of the tokens' probabilities, in 0 … 1. It says how sure the model was, not how right."""
-        probabilities = np.array([t.probability for t in self.tokens], dtype=np.float64)
+        probabilities = np.array([*(t.probability for t in self.tokens), *(t.probability for t in self.untouched)])
         return float(np.exp(np.log(np.maximum(probabilities, 1e-300)).mean()))
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,6 +293,9 @@ class Explanation:
             "confidence": self.confidence,
             "confidence_definition": CONFIDENCE_DEFINITION,
             "method": self.method,
+            "options": self.options,
+            "chosen_tokens": self.chosen_tokens,
+            "untouched_share": self.untouched_share,
             "memory": self.memory,
             "row_tolerance": self.row_tolerance,
             "backend": self.backend,
@@ -225,7 +319,7 @@ class Explanation:
                 {"text": t.text, "token_id": t.token_id, "position": t.position, "in_question": t.in_question}
                 for t in self.prompt_tokens
             ],
-            "answer_definition": ANSWER_DEFINITION,
+            "answer_definition": WEIGHTED_DEFINITION if self.weighted else ANSWER_DEFINITION,
             "image_maps": [_plain(m) for m in self.image_maps],
             "prompt_scores": _plain(self.prompt_scores),
             "shares": self.shares,
@@ -240,9 +334,18 @@ class Explanation:
                     "prompt_scores": _plain(t.prompt_scores),
                     "shares": t.shares,
                     "pruned": None if t.pruned is None else t.pruned.to_dict(),
+                    "weight": None if t.weight is None else t.weight.to_dict(),
                 }
                 for t in self.tokens
             ],
+            "untouched": [asdict(token) for token in self.untouched],
+            "comparison": None
+            if self.comparison is None
+            else {
+                "method": self.comparison.method,
+                "image_maps": [_plain(m) for m in self.comparison.image_maps],
+                "prompt_scores": _plain(self.comparison.prompt_scores),
+            },
         }
 
     def save(self, directory: str | Path) -> dict[str, Path]:

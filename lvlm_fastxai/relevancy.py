@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,15 @@ from .targets import check_targets
 @dataclass(frozen=True)
 class RelevancyRows:
     """rows (N, S) fp32 (fp64 for an fp64 model) · logits, probabilities (N,) of the targets · certificate: what a sweep
-    kept; None for a method without one · fallback: why a pruned sweep swept its layers whole; None if it did not."""
+    kept; None for a method without one · fallback: why a pruned sweep swept its layers whole; None if it did not ·
+    compared: (N, S) rows of `chefer` for the same targets, where they were asked for."""
 
     rows: Tensor
     logits: Tensor
     probabilities: Tensor
     certificate: Certificate | None = None
     fallback: str | None = None
+    compared: Tensor | None = None
 
 
 def relevancy_rows(
@@ -100,43 +102,59 @@ def explain_rows(
     prompt_length: int | Sequence[int] | None = None,
     options: Any = None,
     recording: Recording | None = None,
+    compare: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    on_rows: Callable[[list[int], Tensor, Tensor], None] | None = None,
 ) -> RelevancyRows:
     """:func:`relevancy_rows` with the targets' logits and probabilities, which the same forward gives.
 
-    ``recording``: what ``generate()`` computed for ``inputs``, in the place of that forward.
+    Args:
+        recording: what ``generate()`` computed for ``inputs``, in the place of that forward.
+        compare: for method "glimpse", the rows of "chefer" too; they come of the same backward.
+        progress: called as ``progress(done, total)`` on the way.
+        on_rows: takes the targets' numbers, their rows (n, S) and probabilities (n,) as they are done; the result then
+            has no rows, so that the answer may be as long as it likes (`Aggregator`).
     """
     check_row_tolerance(row_tolerance)
     # Inference tensors could not be saved for backward, so neither may be in the way of one.
     with torch.inference_mode(False):
         inputs = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
-        return _explain(model, inputs, targets, method, memory, row_tolerance, prompt_length, options, recording)
+        methods.check_options(method, options)
+        run = methods.find(method)(check_targets(targets, inputs, _vocabulary(model)), inputs, prompt_length, options)
+        if progress is not None:
+            run.progress = progress
+        if compare:
+            if not isinstance(run, methods.Glimpse):
+                raise ArgumentError(f"compare: only method 'glimpse' is compared with 'chefer', got {method!r}")
+            run.compare = True
+        return _explain(model, inputs, run, memory, row_tolerance, recording, on_rows)
 
 
 def _explain(
     model: nn.Module,
     inputs: dict[str, Any],
-    targets: Tensor | Sequence[tuple[int, int, int]],
-    method: str,
+    run: methods.Method,
     memory: str,
     row_tolerance: float | str,
-    prompt_length: int | Sequence[int] | None,
-    options: Any,
     recording: Recording | None,
+    on_rows: Callable[[list[int], Tensor, Tensor], None] | None,
 ) -> RelevancyRows:
-    chosen = methods.find(method)
-    checked = check_targets(targets, inputs, _vocabulary(model))
-    run = chosen(checked, inputs, prompt_length, options)
+    targets = run.targets
     # Without gradients there is nothing to keep: "lean" drops the activations, and the top layer is run once more.
-    memory_of_forward = memory if chosen.needs_gradient or memory == "min" else "lean"
-    tolerance = row_tolerance if chosen.needs_gradient else 0.0
+    memory_of_forward = memory if run.needs_gradient or memory == "min" else "lean"
+    tolerance = row_tolerance if run.needs_gradient else 0.0
     with Sweep(model, inputs, run.explained.row_table(), memory_of_forward, tolerance, recording) as sweep:
-        rows = run.rows(sweep)
         with torch.no_grad():
-            logits = checked.select(sweep.logits, run.explained.rows_of_samples)
-            token = torch.tensor(checked.token_ids, device=logits.device)[:, None]
+            logits = targets.select(sweep.logits, run.explained.rows_of_samples)
+            token = torch.tensor(targets.token_ids, device=logits.device)[:, None]
             probabilities = logits.softmax(-1).gather(1, token)[:, 0]
-            logit = logits.gather(1, token)[:, 0].detach()
-            return RelevancyRows(rows, logit, probabilities.detach(), run.certificate, sweep.fallback)
+            logit = logits.gather(1, token)[:, 0]
+            del logits
+        if on_rows is not None:
+            run.on_rows = lambda numbers, rows: on_rows(numbers, rows, probabilities[numbers])
+        rows = run.rows(sweep)
+        compared = getattr(run, "compared", None)
+        return RelevancyRows(rows, logit, probabilities, run.certificate, sweep.fallback, compared)
 
 
 def _vocabulary(model: nn.Module) -> int | None:

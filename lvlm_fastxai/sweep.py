@@ -226,6 +226,7 @@ class Sweep:
         each: Each | None = None,
         row_tolerance: float = 0.0,
         relevancy: Callable[[], Tensor] | None = None,
+        along: Callable[[], Tensor] | None = None,
     ) -> Iterator[LayerStep]:
         """Walk down from the top layer.
 
@@ -237,8 +238,8 @@ class Sweep:
                 one is held at a time. What is yielded then has no tensors but the selection's.
             row_tolerance: ε; one of ``tolerances``.
             relevancy: gives the running rows (B, N, S), or (B, 1, S) with ``collect``, as they are above the next
-                layer: for the choice of its rows and, without ``each``, for a backward that gives the product along the
-                way.
+                layer, for the choice of its rows.
+            along: gives the rows (B, N, S) whose product a backward may give along the way; not with ``collect``.
         """
         top = len(self._layers) - 1
         # gradients[n][l]: of slot n at the output of layer l. More than one entry is open only while a model feeds an
@@ -264,8 +265,7 @@ class Sweep:
             incoming = [part.pop(index, None) for part in gradients]
             running = None if relevancy is None else relevancy()
             selection = self._select(incoming, row_tolerance, running, shared=collect is not None)
-            # What the product is taken of is known before the backward, unless it is made of several slots' gradients.
-            weights = running if collect is None and each is None else None
+            weights = None if along is None else along()
             if selection is None:
                 step = self._whole(index, incoming, hand_on, keep, collect, each, weights)
             else:
@@ -370,9 +370,7 @@ class Sweep:
                 tapes.append(tape)
             else:
                 slots_of_group = slice(first, first + group)
-                part_of = Selection(
-                    chosen, selection.counts[:, slots_of_group], selection.norms[:, slots_of_group]
-                )
+                part_of = Selection(chosen, selection.counts[:, slots_of_group], selection.norms[:, slots_of_group])
                 step = _step(index, tape, _grad_output([tape], index, batch).flatten(0, 1)[:, None], part_of)
                 step.columns = real_columns(key_ranges).repeat_interleave(group, dim=0)
                 each(step, slots_of_group)
@@ -583,7 +581,6 @@ def _first_slot(tape: LayerTape, batch: int) -> LayerTape:
 
 
 def _step(index: int, tape: LayerTape, grad_output: Tensor | None, selection: Selection | None) -> LayerStep:
-    """With the tape's product where there is no dO."""
     return LayerStep(
         index,
         tape.query,  # type: ignore[arg-type]
@@ -594,7 +591,7 @@ def _step(index: int, tape: LayerTape, grad_output: Tensor | None, selection: Se
         tape.scale,
         torch.empty(0) if grad_output is None else grad_output,
         selection,
-        tape.product if grad_output is None else None,
+        tape.product,
     )
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import ArgumentError
 from ..pruning import Certificate, Ledger
 from ..sharding import Ranks
 from ..sweep import Collect, LayerStep, Sweep
@@ -32,6 +31,8 @@ class Method(ABC):
     Attributes:
         certificate: what the sweep kept of each target; None before it, and for a method without a sweep.
         explained: the logits whose gradients the method takes; the targets themselves unless a method needs more.
+        progress: called as ``progress(done, total)`` whenever a layer is done.
+        on_rows: takes the targets' numbers and their rows (n, S) as they are done; none are kept then.
 
     Raises:
         ArgumentError: the method cannot explain these targets.
@@ -51,27 +52,39 @@ class Method(ABC):
         prompt_length: int | Sequence[int] | None = None,
         options: Any = None,
     ) -> None:
-        if options is not None and (self.options_type is None or not isinstance(options, self.options_type)):
-            expected = "no options" if self.options_type is None else self.options_type.__name__
-            raise ArgumentError(f"options: method {self.name!r} takes {expected}, got {options!r}")
         self.targets = targets
         self.explained = targets
         self.certificate: Certificate | None = None
+        self.progress: Callable[[int, int], None] = lambda done, total: None
+        self.on_rows: Callable[[list[int], Tensor], None] | None = None
+        self._done = 0
 
     @abstractmethod
     def rows(self, sweep: Sweep) -> Tensor:
         """(N, S) relevancy of every column for every target, self entry included; fp32 (fp64 for an fp64 model)."""
 
     def in_chunks(self, sweep: Sweep) -> Tensor:
-        """(N, S) rows: :meth:`swept` for as many slots at once as memory allows."""
+        """(N, S) rows, (0, S) with ``on_rows``: :meth:`swept` for as many slots at once as memory allows."""
         targets, result = self.targets, self.empty_rows(sweep)
         scalars, slots = targets.scalars(sweep.logits), targets.slots
         chunk = slots_at_once(sweep, targets)
         for first in range(0, len(slots), chunk):
             part = slice(first, first + chunk)
             row = self.swept(sweep, scalars[part], slots[part], keep=first + chunk < len(slots))
-            targets.scatter(row, slots[part], result)
+            if self.on_rows is None:
+                targets.scatter(row, slots[part], result)
+            else:
+                numbers = [target for slot in slots[part] for target in slot]
+                places = [number for number, slot in enumerate(slots[part]) for _ in slot]
+                self.on_rows(numbers, row[[targets.samples[target] for target in numbers], places])
         return result
+
+    def advanced(self, slots: int, layers: int) -> None:
+        """Tell of one more layer, of so many slots."""
+        total = layers * len(self.explained.slots)
+        # A descent that is made again, at a lower tolerance, finds its layers counted.
+        self._done = min(self._done + slots, total)
+        self.progress(self._done, total)
 
     def swept(
         self, sweep: Sweep, scalars: Sequence[Tensor], slots: Sequence[Sequence[int]], *, keep: bool = False
@@ -100,8 +113,13 @@ class Method(ABC):
             # Slots that make one gradient together have no rows of their own.
             return row if collect is None else row.mean(1, keepdim=True)
 
-        for step in sweep.descend(scalars, keep=keep, collect=collect, row_tolerance=tolerance, relevancy=running):
+        # What a product is taken of is known before the backward, unless several slots' gradients are made one.
+        along = running if collect is None else None
+        for step in sweep.descend(
+            scalars, keep=keep, collect=collect, row_tolerance=tolerance, relevancy=running, along=along
+        ):
             row = advance(row, step, ledger, sweep.ranks)
+            self.advanced(len(scalars), len(sweep))
         return row, ledger
 
     def _enter(self, ledger: Ledger, row: Tensor, slots: Sequence[Sequence[int]]) -> None:
@@ -120,8 +138,8 @@ class Method(ABC):
             self.targets.scatter(found, slots, into)
 
     def empty_rows(self, sweep: Sweep) -> Tensor:
-        """(N, S) zeros for the result."""
-        shape = len(self.targets), self.targets.columns
+        """(N, S) zeros for the result; (0, S) where rows are handed on."""
+        shape = len(self.targets) if self.on_rows is None else 0, self.targets.columns
         return torch.zeros(shape, dtype=row_dtype(sweep), device=sweep.logits.device)
 
 
@@ -133,27 +151,29 @@ def row_dtype(sweep: Sweep) -> torch.dtype:
 def advance(row: Tensor, step: LayerStep, ledger: Ledger, ranks: Ranks) -> Tensor:
     """row + row @ mean_h max(0, dP_h ∘ P_h): the running rows (B, N, S) one layer further down."""
     row = row.to(step.query.device)
-    product = _product(row, step) if step.product is None else step.product
-    product = ranks.mean(product.view_as(row))
+    product = ranks.mean(product_of(row, step))
     ledger.enter(step.selection, row, product)
     return row + product
 
 
-def _product(row: Tensor, step: LayerStep) -> Tensor:
-    weights = row
-    if step.selection is not None:
-        rows = step.selection.rows
-        weights = row.gather(2, rows.expand(-1, row.shape[1], -1)).reshape(step.query.shape[0], -1, rows.shape[-1])
+def product_of(row: Tensor, step: LayerStep) -> Tensor:
+    """(B, N, S) row @ mean_h max(0, dP_h ∘ P_h), of the backward where it gave that along the way."""
+    if step.product is not None:
+        return step.product.view_as(row)
     return ops.relevancy_product(
-        step.query,
-        step.key,
-        step.value,
-        step.grad_output,
-        step.logsumexp,
-        weights,
+        *(step.query, step.key, step.value, step.grad_output, step.logsumexp, weights_of(row, step)),
         scale=step.scale,
         key_ranges=step.key_ranges,
-    )
+    ).view_as(row)
+
+
+def weights_of(row: Tensor, step: LayerStep) -> Tensor:
+    """(B, N, …, S) rows at the step's own query rows, as its tensors have them: (B·N, …, n) where it has a part."""
+    if step.selection is None:
+        return row
+    kept = step.selection.rows.to(row.device)  # (B, N, n)
+    kept = kept.view(*kept.shape[:2], *[1] * (row.dim() - 3), -1).expand(*row.shape[:-1], -1)
+    return row.gather(-1, kept).reshape(step.query.shape[0], -1, kept.shape[-1])
 
 
 def slots_at_once(sweep: Sweep, targets: Targets) -> int:

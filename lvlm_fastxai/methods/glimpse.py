@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ from ..errors import ArgumentError, UnsupportedModelError
 from ..pruning import Ledger
 from ..sweep import LayerStep, Sweep
 from ..targets import Targets
-from ._base import Method, row_dtype
+from ._base import Method, product_of, row_dtype, weights_of
 
 # What cutting the polynomial in 1/Z off may cost of a row of length 1.
 TRUNCATION = 1e-6
@@ -112,7 +112,12 @@ class GlimpseOptions:
 
 
 class Glimpse(Method):
-    """The method on a teacher-forced pass over prompt and answer; every row uses the target's own gradient."""
+    """The method on a teacher-forced pass over prompt and answer; every row uses the target's own gradient.
+
+    Attributes:
+        compare: whether ``chefer``'s rows are wanted too; they come of the same backward.
+        compared: (N, S) those rows, after the sweep. Not in a sweep whose rows are handed on.
+    """
 
     name: ClassVar[str] = "glimpse"
     options_type: ClassVar[type | None] = GlimpseOptions
@@ -126,6 +131,8 @@ class Glimpse(Method):
     ) -> None:
         super().__init__(targets, inputs, prompt_length, options)
         self.options = options or GlimpseOptions()
+        self.compare = False
+        self.compared: Tensor | None = None
 
     def rows(self, sweep: Sweep) -> Tensor:
         if sweep.ranks.group is not None:
@@ -133,6 +140,7 @@ class Glimpse(Method):
                 "method 'glimpse' sums the heads of dP before it takes magnitudes, which heads on different ranks do "
                 "not allow; load the model without a tensor-parallel plan, or use method 'chefer'"
             )
+        self.compared = self.empty_rows(sweep) if self.compare else None
         return self.in_chunks(sweep)
 
     def descend(
@@ -142,23 +150,39 @@ class Glimpse(Method):
         start = self.targets.start_rows(slots, sweep.logits.device, row_dtype(sweep))
         if options.route == "one_sweep":
             rows = _Rows(options, layers, start, options.terms(layers))
-            return self._descend_once(sweep, rows, scalars, tolerance, keep=keep)
-        first = _Rows(options, layers, start, 0)
-        self._descend_once(sweep, first, scalars, tolerance, keep=True)
-        return self._descend_once(sweep, _Rows(options, layers, start, 0, first), scalars, tolerance, keep=keep)
-
-    def _descend_once(
-        self, sweep: Sweep, rows: _Rows, scalars: Sequence[Tensor], tolerance: float, *, keep: bool
-    ) -> tuple[Tensor, Ledger]:
-        ledger = Ledger()
-        before = rows.row()
-        for step in sweep.descend(scalars, keep=keep, each=rows.advance, row_tolerance=tolerance, relevancy=rows.row):
+        else:
+            first = _Rows(options, layers, start, 0)
+            for _ in self._layers(sweep, first, scalars, tolerance, keep=True):
+                pass
+            rows = _Rows(options, layers, start, 0, first)
+        ledger, before = Ledger(), start
+        for step in self._layers(sweep, rows, scalars, tolerance, keep=keep):
             after = rows.row()
-            ledger.enter(step.selection, before.to(after.device), after - before.to(after.device))
+            before = before.to(after.device)
+            ledger.enter(step.selection, before, after - before)
             before = after
-            if step.index == self.options.lowest(len(sweep)):
-                break
+            self.advanced(len(scalars), layers - options.lowest(layers))
+        if self.compared is not None:
+            self.targets.scatter(rows.chefer, slots, self.compared)
         return before, ledger
+
+    def _layers(
+        self, sweep: Sweep, rows: _Rows, scalars: Sequence[Tensor], tolerance: float, *, keep: bool
+    ) -> Iterator[LayerStep]:
+        """The layers that take part, with ``rows`` advanced through each."""
+
+        def each(step: LayerStep, part: slice) -> None:
+            rows.advance(step, part)
+            if self.compared is not None:
+                rows.advance_chefer(step, part)
+
+        along = None if self.compared is None else lambda: rows.chefer
+        for step in sweep.descend(
+            scalars, keep=keep, each=each, row_tolerance=tolerance, relevancy=rows.row, along=along
+        ):
+            yield step
+            if step.index == self.options.lowest(len(sweep)):
+                return
 
 
 class _Rows:
@@ -181,6 +205,7 @@ class _Rows:
         # Z so far, in units of the largest γ·s so far: powers of γ itself would overflow.
         self._unit, self._total = (torch.zeros(start.shape[:2], dtype=start.dtype, device=start.device) for _ in "uz")
         self._whole = whole
+        self.chefer = start.clone()
 
     def row(self) -> Tensor:
         """(B, n, S): the rows, were the layer reached so far the lowest."""
@@ -226,19 +251,19 @@ class _Rows:
         self._coefficients[:, part] = rows
         self._reached[part] = [reached + 1] * len(self._reached[part])
 
+    def advance_chefer(self, step: LayerStep, part: slice) -> None:
+        """`chefer`'s rows one layer further down."""
+        self.chefer = self.chefer.to(step.query.device)
+        rows = self.chefer[:, part]
+        self.chefer[:, part] = rows + product_of(rows, step)
+
     def _product(self, step: LayerStep, rows: Tensor, row_sums: Tensor, gradient_sums: Tensor) -> Tensor:
         """(B, g, K, S) rows @ E."""
         where_positive = torch.where(gradient_sums > 0, row_sums.sum(-1) / gradient_sums, 0)
         head_weights = (where_positive / self._options.head_temperature).softmax(-1)
-        weights = rows
-        if step.selection is not None:
-            kept = step.selection.rows.to(rows.device)[:, :, None]  # (B, g, 1, n)
-            weights = rows.gather(3, kept.expand(-1, -1, rows.shape[2], -1))
+        weights = weights_of(rows, step).view(step.query.shape[0], 1, rows.shape[2], -1)
         product = ops.glimpse_product(
-            *(step.query, step.key, step.value, step.grad_output, step.logsumexp),
-            weights.reshape(step.query.shape[0], 1, *weights.shape[2:]),
-            head_weights,
-            row_sums,
+            *(step.query, step.key, step.value, step.grad_output, step.logsumexp, weights, head_weights, row_sums),
             scale=step.scale,
             key_ranges=step.key_ranges,
         )
