@@ -31,8 +31,8 @@ FLOORS = (
     ("attention", "pruning", "sharding", "targets"),
     ("sweep",),
     ("methods", "recording"),
-    ("relevancy", "cost"),
-    ("explanation",),
+    ("relevancy", "cost", "aggregation"),
+    ("explanation", "token_choice"),
     ("explainer", "info"),
     ("evaluate",),
     ("cli",),
@@ -43,14 +43,28 @@ SAME_ROOM = {"report": "explanation"}
 KNOW_TRANSFORMERS = {"attention", "checkpoint", "explainer", "evaluate", "tiny", "info", "cli"}
 
 
+# Operators that are calls of another one, whose kernels they share.
+COMPOSED = {"glimpse_product": "relevancy_product"}
+
+
 def operators() -> list[str]:
-    """Names found in any of the rooms whose files are operators only."""
+    """Names found in any of the rooms whose files are operators with kernels only."""
     schema = (ROOT / "csrc" / "schema.cpp").read_text(encoding="utf-8")
     names = set(re.findall(r'\.def\(\s*"(\w+)\(', schema))
     names |= {path.stem for path in (PACKAGE / "reference").glob("[!_]*.py")}
     names |= {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
     names |= {path.stem for path in (ROOT / "triton_kernels").glob("[!_]*.py")}
-    return sorted(names)
+    return sorted(names - COMPOSED.keys())
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_composed_operator_has_twin_tests_and_benchmark(name: str) -> None:
+    rooms = [PACKAGE / "ops" / f"{name}.py", PACKAGE / "reference" / f"{name}.py"]
+    rooms += [ROOT / "tests" / f"test_{name}.py", ROOT / "benchmarks" / f"bench_{name}.py"]
+    assert not [str(room) for room in rooms if not room.is_file()]
+    assert f"lvlm_fastxai.ops.{COMPOSED[name]}.{COMPOSED[name]}" in set(imports(rooms[0]))
+    assert callable(getattr(fx.ops, name))
+    assert name in fx.ops.__all__
 
 
 @pytest.mark.parametrize("name", operators())
@@ -193,6 +207,7 @@ SIGNATURES: dict[str, tuple[list[str], dict[str, Any]]] = {
         },
     ),
     "ops.backends": ([NO_DEFAULT], {}),
+    "aggregate": (["rows", "probabilities", "image_columns", "prompt_columns"], {}),
     "use_backend": (["name"], {}),
 }
 
