@@ -25,7 +25,7 @@ SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 
 # Before the machine code of sm_80 there are no asynchronous copies and no tensor cores for bfloat16.
 FIRST_WITH_TENSOR_CORES = 80
 # Kernels that multiply matrices; the others prepare and add up.
-MULTIPLYING = ("relevancy_product_columns<", "backward_keys<", "backward_rows<")
+MULTIPLYING = ("relevancy_product_columns<", "backward_keys<", "backward_rows<", "glimpse_statistics_rows<")
 INSTRUCTIONS = {
     "tensor core": re.compile(r"\bHMMA\.16816\."),
     "16-byte copy": re.compile(r"\bLDGSTS\.E(\.\w+)*\.128\b"),

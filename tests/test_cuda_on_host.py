@@ -19,7 +19,9 @@ from cases import DTYPES, LAYOUTS, Case, as_view, make_case, relative_error
 from test_build import compiler, run
 from torch import Tensor
 
+from lvlm_fastxai.ops.key_ranges import real_columns
 from lvlm_fastxai.reference import attention_backward_relevancy as dense_backward
+from lvlm_fastxai.reference import glimpse_statistics as dense_statistics
 
 NATIVE_SOURCES = Path(__file__).with_name("native")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -41,10 +43,11 @@ def output_of(case: Case) -> Tensor:
 
 @dataclass
 class Kernels:
-    """The launch of one operator."""
+    """The launch of one operator; domain: of glimpse_statistics."""
 
     library: ctypes.CDLL
     operator: str
+    domain: str = "full"
 
     def __call__(
         self,
@@ -55,7 +58,7 @@ class Kernels:
         backwards: bool = False,
         atomics: bool = False,
     ) -> tuple[Tensor, ...]:
-        """The results, the product last; as many blocks share a head's rows as with so many multiprocessors."""
+        """The results, a product last; as many blocks share rows, or keys, as with so many multiprocessors."""
         start, end = (t.to(torch.int32).contiguous() for t in case.ranges.unbind(-1))
         batch, heads, queries, width = case.query.shape
         key_heads, keys = case.key.shape[1:3]
@@ -68,7 +71,11 @@ class Kernels:
             laid_out.append(output_of(case))
             tensors.append(laid_out[-1])
         results = [torch.full(shape, torch.nan, dtype=case.query.dtype) for shape in shapes]
-        results.append(torch.full((batch, targets, keys), torch.nan))
+        sums = [(batch, targets, keys)]
+        if self.operator == "glimpse_statistics":
+            sums = [(batch, targets, heads, queries), (batch, targets, heads), (batch, targets)]
+            tensors += [t.to(torch.int32).contiguous() for t in self.sum_ranges(case).unbind(-1)]
+        results += [torch.full(shape, torch.nan) for shape in sums]
         getattr(self.library, self.operator)(
             ELEMENTS[case.query.dtype],
             pointers(tensors),
@@ -80,10 +87,22 @@ class Kernels:
         )
         return tuple(results)
 
+    def sum_ranges(self, case: Case) -> Tensor:
+        """(B, Sq, 2), as the operator's Python side makes them of the rows' key ranges."""
+        if self.domain == "causal" or case.ranges.numel() == 0:
+            return case.ranges
+        seen = case.ranges[..., :1] < case.ranges[..., 1:]
+        return torch.where(seen, real_columns(case.ranges)[:, None], 0)
+
     def dense(self, case: Case, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Tensor, ...]:
         """The twin on these inputs, converted to a dtype."""
         if self.operator == "relevancy_product":
             return (case.dense(dtype, **options),)
+        if self.operator == "glimpse_statistics":
+            matrices = [t.to(dtype) for t in (case.query, case.key, case.value, case.grad_output)]
+            state = case.logsumexp.to(torch.float64 if dtype == torch.float64 else torch.float32)
+            bounds = *case.ranges.unbind(-1), *self.sum_ranges(case).unbind(-1)
+            return dense_statistics(*matrices, state, *bounds, case.query.shape[-1] ** -0.5, **options)
         attention = [t.to(dtype) for t in (case.query, case.key, case.value, output_of(case), case.grad_output)]
         state = [t.to(torch.float64 if dtype == torch.float64 else torch.float32) for t in (case.logsumexp, case.row)]
         return dense_backward(*attention, *state, *case.ranges.unbind(-1), case.query.shape[-1] ** -0.5, **options)
@@ -107,7 +126,12 @@ def backward(library: ctypes.CDLL) -> Kernels:
     return Kernels(library, "attention_backward_relevancy")
 
 
-@pytest.fixture(params=["relevancy_product", "attention_backward_relevancy"])
+@pytest.fixture
+def statistics(library: ctypes.CDLL) -> Kernels:
+    return Kernels(library, "glimpse_statistics")
+
+
+@pytest.fixture(params=["relevancy_product", "attention_backward_relevancy", "glimpse_statistics"])
 def kernels(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Kernels:
     return Kernels(library, request.param)
 
@@ -116,21 +140,17 @@ def assert_accurate(kernels: Kernels, case: Case, **options: Any) -> None:
     """Relative L1 within 1e-6 of the twin in fp64 on the same inputs; 16-bit gradients within what eager errs by.
 
     Products of 16-bit elements are exact in float32 and everything after them is float32, so the rounding of the
-    inputs, which the twin shares, is all that 16 bit costs a relevancy product. 1e-6 is what the CPU kernel is held to
+    inputs, which the twin shares, is all that 16 bit costs results in float32. 1e-6 is what the CPU kernel is held to
     in float32. A gradient's matrices P and dS are rounded once, and so is the gradient; eager rounds every matrix.
     """
     results, truths = kernels(case, **options), kernels.dense(case)
-    *gradients, product = [
-        relative_error(result, truth) for result, truth in zip(results, truths, strict=True) if truth.abs().sum() > 0
-    ]
-    assert len(gradients) + 1 == len(truths)
-    assert product <= 1e-6
-    if case.query.dtype == torch.float32:
-        assert all(error <= 1e-6 for error in gradients)
-    elif gradients:
+    eager: tuple[Tensor, ...] = truths
+    if any(result.dtype != torch.float32 for result in results):
         eager = kernels.dense(case, case.query.dtype, compute_dtype=case.query.dtype)
-        for error, result, truth in zip(gradients, eager, truths, strict=False):
-            assert error <= relative_error(result, truth)
+    for result, truth, rounded in zip(results, truths, eager, strict=True):
+        assert truth.any()
+        allowed = 1e-6 if result.dtype == torch.float32 else relative_error(rounded, truth)
+        assert relative_error(result, truth) <= allowed
 
 
 def assert_equal(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -217,11 +237,11 @@ def test_targets(targets: int, shared_gradient: bool, dtype: torch.dtype, produc
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_targets_of_the_backward(dtype: torch.dtype, backward: Kernels) -> None:
+def test_targets_of_several_samples(dtype: torch.dtype, kernels: Kernels) -> None:
     case = make_case(batch=2, heads=2, targets=3, queries=40, dtype=dtype)
     case.row[:, 0, 20:] = 0
-    assert_accurate(backward, case)
-    assert_same_bits_alone(backward, case)
+    assert_accurate(kernels, case)
+    assert_same_bits_alone(kernels, case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -230,6 +250,24 @@ def test_rows_shared_among_blocks(dtype: torch.dtype, product: Kernels) -> None:
     case.row[:, :, 64:160] = 0
     assert_accurate(product, case, multiprocessors=5)
     assert not torch.equal(product(case, multiprocessors=5)[0], product(case)[0])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_keys_shared_among_blocks(dtype: torch.dtype, causal: bool, statistics: Kernels) -> None:
+    """Seven blocks for each 128 rows, of which some have nothing to do for the first rows of the causal domain."""
+    domain = replace(statistics, domain="causal" if causal else "full")
+    case = make_case(batch=1, heads=3, key_heads=1, queries=300, keys=600, causal=causal, dtype=dtype)
+    assert_accurate(domain, case, multiprocessors=5)
+    assert_accurate(domain, case)
+    assert not torch.equal(domain(case, multiprocessors=5)[0], domain(case)[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_statistics_of_the_causal_domain(layout: dict[str, Any], dtype: torch.dtype, statistics: Kernels) -> None:
+    case = make_case(batch=2, heads=2, key_heads=1, targets=2, queries=130, dtype=dtype, **layout)
+    assert_accurate(replace(statistics, domain="causal"), case)
 
 
 @pytest.mark.parametrize("multiprocessors", [0, 5])
@@ -310,6 +348,43 @@ def test_backward_of_rows_that_see_nothing_and_of_weight_zero(dtype: torch.dtype
     assert not backward(weightless)[3].any()
 
 
+@pytest.mark.parametrize("domain", ["full", "causal"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_statistics_of_what_lies_outside_the_ranges(dtype: torch.dtype, domain: str, statistics: Kernels) -> None:
+    kernels = replace(statistics, domain=domain)
+    case = make_case(batch=2, queries=100, lengths=torch.tensor([80, 100]), dtype=dtype)
+    case.ranges[:, 50:60] = 7  # start = end
+    spoiled = replace(case, **{name: getattr(case, name).clone() for name in ("query", "key", "value", "grad_output")})
+    spoiled.logsumexp[:, :, 50:60] = torch.nan
+    spoiled.query[:, :, 50:60] = torch.nan
+    spoiled.grad_output[:, :, :, 50:60] = torch.nan
+    spoiled.key[0, :, 80:] = torch.nan
+    spoiled.value[0, :, 80:] = torch.nan
+    expected = kernels(case)
+    assert_equal(kernels(spoiled), expected)
+    assert not expected[0][:, :, :, 50:60].any()
+    assert_accurate(kernels, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("name", ["query", "key", "value", "grad_output", "logsumexp"])
+@pytest.mark.parametrize("domain", ["full", "causal"])
+def test_nan_reaches_the_statistics_it_is_part_of(
+    domain: str, name: str, dtype: torch.dtype, statistics: Kernels
+) -> None:
+    """Of row or key 20 of the first head. Below a causal mask the rows before the key 20 do not see it."""
+    case = make_case(heads=2, key_heads=2, queries=50, dtype=dtype)
+    tensor = getattr(case, name)
+    tensor[(0,) * (tensor.dim() - (1 if name == "logsumexp" else 2)) + (20,)] = torch.nan
+    of_gradient = name in ("value", "grad_output")
+    rows = torch.zeros(2, 50, dtype=torch.bool)
+    rows[0, slice(20, 50) if name in ("key", "value") else slice(20, 21)] = True
+    row_sums, gradient_sums, norm = replace(statistics, domain=domain)(case)
+    assert torch.equal(row_sums[0, 0].isnan(), rows)
+    assert gradient_sums[0, 0].isnan().tolist() == [of_gradient, False]
+    assert norm.isnan().item() == of_gradient
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_a_row_counts_for_its_own_target_only(dtype: torch.dtype, product: Kernels) -> None:
     case = make_case(targets=2, queries=60, dtype=dtype)
@@ -345,10 +420,11 @@ def test_nothing_to_see(dtype: torch.dtype, kernels: Kernels) -> None:
             assert torch.equal(result, torch.zeros_like(result))
 
 
-def test_backward_without_keys(backward: Kernels) -> None:
+@pytest.mark.parametrize("operator", ["attention_backward_relevancy", "glimpse_statistics"])
+def test_without_keys(operator: str, library: ctypes.CDLL) -> None:
     case = make_case(queries=9, keys=9)
-    results = backward(replace(case, key=case.key[:, :, :0], value=case.value[:, :, :0]))
-    assert torch.equal(results[0], torch.zeros_like(results[0]))
+    for result in Kernels(library, operator)(replace(case, key=case.key[:, :, :0], value=case.value[:, :, :0])):
+        assert torch.equal(result, torch.zeros_like(result))
 
 
 def test_more_rows_than_one_list_of_tiles_holds(backward: Kernels) -> None:

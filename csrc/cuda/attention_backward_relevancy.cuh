@@ -24,12 +24,6 @@ struct BackwardPlan {
   RowShape shape;
 };
 
-// (…, S, d) at one sample, head and first row.
-template <typename T>
-__device__ inline Rows<T> rows_from(const void* tensor, int64_t offset, int64_t stride, int first, int64_t count) {
-  return {static_cast<const T*>(tensor) + offset + first * stride, stride, static_cast<int>(count) - first};
-}
-
 template <typename T>
 __device__ inline Rows<T> moved(const Rows<T>& rows, int first) {
   return {rows.data + first * rows.stride, rows.stride, rows.count - first};
@@ -208,14 +202,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int first_row = block / chunks * Tiles::kLeft;
   const int64_t head = (static_cast<int64_t>(blockIdx.z) * problem.heads + h) * rows;
 
-  TileRange range{keys, 0, 0, keys};
-  for (int tile = first_row / kTileRows; tile < smaller((first_row + Tiles::kLeft) / kTileRows, plan.tiles); ++tile) {
-    const TileRange own = ranges[b * plan.tiles + tile];
-    range.first = smaller(range.first, own.first);
-    range.last = larger(range.last, own.last);
-    range.common_first = larger(range.common_first, own.common_first);
-    range.common_last = smaller(range.common_last, own.common_last);
-  }
+  const TileRange range = join_tiles(ranges + b * plan.tiles, first_row / kTileRows,
+                                     smaller((first_row + Tiles::kLeft) / kTileRows, plan.tiles), keys);
   const int first_key = range.first / Tiles::kRight * Tiles::kRight;
 
   float shift[kLeft], delta[kLeft];
@@ -264,14 +252,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 inline BackwardPlan make_plan(const AttentionBackwardRelevancy& problem) {
-  const int64_t bytes = bytes_of(problem.element);
   BackwardPlan plan;
   plan.tiles = static_cast<int>(blocks(problem.queries, kTileRows));
-  plan.shape.width = static_cast<int>(problem.width);
-  plan.shape.aligned = starts_aligned(problem.query, problem.query_stride, 3, bytes) &&
-                       starts_aligned(problem.key, problem.key_stride, 3, bytes) &&
-                       starts_aligned(problem.value, problem.value_stride, 3, bytes) &&
-                       starts_aligned(problem.grad_output, problem.grad_stride, 4, bytes);
+  plan.shape = row_shape(problem);
   return plan;
 }
 

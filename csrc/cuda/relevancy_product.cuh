@@ -228,12 +228,7 @@ inline Plan make_plan(const RelevancyProduct& problem, const Device& device, boo
   plan.splits = static_cast<int>(splits > least ? splits : least);
   if (plan.splits < 1) plan.splits = 1;
 
-  const int64_t bytes = bytes_of(problem.element);
-  plan.shape.width = static_cast<int>(problem.width);
-  plan.shape.aligned = starts_aligned(problem.query, problem.query_stride, 3, bytes) &&
-                       starts_aligned(problem.key, problem.key_stride, 3, bytes) &&
-                       starts_aligned(problem.value, problem.value_stride, 3, bytes) &&
-                       starts_aligned(problem.grad_output, problem.grad_stride, 4, bytes);
+  plan.shape = row_shape(problem);
   return plan;
 }
 

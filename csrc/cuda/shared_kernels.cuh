@@ -50,6 +50,19 @@ static __global__ void outline_tiles(const int32_t* key_start, const int32_t* ke
   if (lane() == 0 && tile < tiles) ranges[b * tiles + tile] = range;
 }
 
+// What the rows of the tiles first … last − 1 see together.
+__device__ inline TileRange join_tiles(const TileRange* ranges, int first, int last, int keys) {
+  TileRange range{keys, 0, 0, keys};
+  for (int tile = first; tile < last; ++tile) {
+    const TileRange own = ranges[tile];
+    range.first = smaller(range.first, own.first);
+    range.last = larger(range.last, own.last);
+    range.common_first = larger(range.common_first, own.common_first);
+    range.common_last = smaller(range.common_last, own.common_last);
+  }
+  return range;
+}
+
 // Lists which of the tiles first, first + step, … < last some of the block's keys are seen from: 2·tile, + 1 when every
 // row of the tile sees them all. The first warp does it, 32 tiles at a time; the others wait at the barrier.
 __device__ inline int list_tiles(const TileRange* ranges, int first, int step, int last, int first_key, int last_key,
@@ -100,6 +113,16 @@ inline bool starts_aligned(const void* data, const int64_t* stride, int axes, in
   bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
   for (int axis = 0; axis < axes; ++axis) aligned = aligned && stride[axis] * element_bytes % 16 == 0;
   return aligned;
+}
+
+// Of the matrices that every operator multiplies.
+template <typename Problem>
+RowShape row_shape(const Problem& problem) {
+  const int64_t bytes = bytes_of(problem.element);
+  return {static_cast<int>(problem.width), starts_aligned(problem.query, problem.query_stride, 3, bytes) &&
+                                               starts_aligned(problem.key, problem.key_stride, 3, bytes) &&
+                                               starts_aligned(problem.value, problem.value_stride, 3, bytes) &&
+                                               starts_aligned(problem.grad_output, problem.grad_stride, 4, bytes)};
 }
 
 }  // namespace fastxai::cuda

@@ -69,6 +69,12 @@ struct Rows {
   int count;  // rows from `data` to the matrix's last
 };
 
+// (…, S, d) at one sample and head, from its row `first` on.
+template <typename T>
+__device__ inline Rows<T> rows_from(const void* tensor, int64_t offset, int64_t stride, int first, int64_t count) {
+  return {static_cast<const T*>(tensor) + offset + first * stride, stride, static_cast<int>(count) - first};
+}
+
 // How wide rows are, and whether all of them start at a multiple of 16 bytes.
 struct RowShape {
   int width;
@@ -318,6 +324,134 @@ class FmaTiles {
  private:
   unsigned char* shared_;
   Rows<T> keys_, values_;
+  RowShape shape_;
+};
+
+// What a product multiplies.
+template <typename T>
+struct Sides {
+  Rows<T> left, right;
+};
+
+// 16-bit elements on tensor cores, from sm_80, where both sides are others for every product. They pass in slices of
+// their width, through a ring of stages which copies fill ahead of time, also over the end of a product: one kernel
+// serves every width, and a product's last slices hide the copies of the next one's first.
+template <typename T>
+class TensorCoreSides {
+  static constexpr int kSlabs = 2;
+  static constexpr int kSlice = 32;
+  // 45 KiB in all: two blocks fit even a multiprocessor of 100 KiB.
+  static constexpr int kStages = 3;
+  static constexpr int kPitch = kSlice * 2 + 16;  // an odd multiple of 16 bytes
+
+ public:
+  using Element = T;
+  static constexpr bool kTensorCores = true;
+  static constexpr int kLeft = kWarps * 16 * kSlabs;
+  static constexpr int kRight = 64;
+  static constexpr int kThreadLeft = 2 * kSlabs;
+  static constexpr int kThreadRight = kRight / 4;
+  static constexpr int kLanesPerLeft = 4;
+  static constexpr int kStageBytes = (kLeft + kRight) * kPitch;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+
+  __device__ static int left(int i) { return warp() * 16 * kSlabs + i * 8 + lane() / 4; }
+  __device__ static int right(int i) { return i / 2 * 8 + lane() % 4 * 2 + i % 2; }
+
+  template <typename Source>
+  __device__ TensorCoreSides(unsigned char* shared, RowShape shape, Source& source) : shared_(shared), shape_(shape) {
+#pragma unroll 1
+    for (int stage = 0; stage < kStages - 1; ++stage) fill(stage, source);
+  }
+
+  // Adds the product of the source's next sides.
+  template <typename Source>
+  __device__ void multiply(Source& source, float (&product)[kThreadLeft][kThreadRight]) {
+#pragma unroll 1
+    for (int column = 0; column < shape_.width; column += kSlice) {
+      ptx::wait<kStages - 2>();
+      __syncthreads();
+      // Every thread is done with the stage before this one.
+      fill((stage_ + kStages - 1) % kStages, source);
+      add_slice(shared_ + stage_ * kStageBytes, product);
+      stage_ = (stage_ + 1) % kStages;
+    }
+  }
+
+ private:
+  template <typename Source>
+  __device__ void fill(int stage, Source& source) {
+    if (source.more()) {
+      const Sides<T> sides = source.sides();
+      unsigned char* const to = shared_ + stage * kStageBytes;
+      copy_rows<kLeft, kSlice / 8>(sides.left, column_, shape_, to, kPitch);
+      copy_rows<kRight, kSlice / 8>(sides.right, column_, shape_, to + kLeft * kPitch, kPitch);
+      column_ += kSlice;
+      if (column_ >= shape_.width) {
+        column_ = 0;
+        source.advance();
+      }
+    }
+    ptx::commit();
+  }
+
+  __device__ static void add_slice(const unsigned char* slice, float (&product)[kThreadLeft][kThreadRight]) {
+    const int lane = ptx::thread() % 32;
+    const unsigned char* const own = slice + (warp() * 16 * kSlabs + lane % 16) * kPitch + lane / 16 * 16;
+    const unsigned char* const rows = slice + (kLeft + lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 16;
+#pragma unroll
+    for (int k = 0; k < kSlice / 16; ++k) {
+      uint32_t slab[kSlabs][4];
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s) ptx::load_matrices(slab[s], own + s * 16 * kPitch + k * 32);
+#pragma unroll
+      for (int part = 0; part < kRight / 16; ++part) {
+        uint32_t right[4];  // columns 0-7 and 8-15 of eight rows, then of the next eight
+        ptx::load_matrices(right, rows + part * 16 * kPitch + k * 32);
+#pragma unroll
+        for (int s = 0; s < kSlabs; ++s) {
+          multiply_add_16<T>(product[2 * s] + part * 4, product[2 * s + 1] + part * 4, slab[s], right);
+        }
+      }
+    }
+  }
+
+  unsigned char* shared_;
+  RowShape shape_;
+  int stage_ = 0;
+  int column_ = 0;  // of the slice to be copied next
+};
+
+// What TensorCoreSides does, without tensor cores.
+template <typename T>
+class FmaSides {
+  using Slices = FmaSlices<T, 128>;
+
+ public:
+  using Element = T;
+  static constexpr bool kTensorCores = false;
+  static constexpr int kLeft = 128;
+  static constexpr int kRight = kTileRows;
+  static constexpr int kThreadLeft = Slices::kThreadLeft;
+  static constexpr int kThreadRight = Slices::kThreadRight;
+  static constexpr int kLanesPerLeft = Slices::kLanesPerLeft;
+  static constexpr int kSharedBytes = Slices::kSharedBytes;
+
+  __device__ static int left(int i) { return Slices::left(i); }
+  __device__ static int right(int i) { return Slices::right(i); }
+
+  template <typename Source>
+  __device__ FmaSides(unsigned char* shared, RowShape shape, Source&) : shared_(shared), shape_(shape) {}
+
+  template <typename Source>
+  __device__ void multiply(Source& source, float (&product)[kThreadLeft][kThreadRight]) {
+    const Sides<T> sides = source.sides();
+    source.advance();
+    Slices::multiply(shared_, sides.left, sides.right, shape_, product);
+  }
+
+ private:
+  unsigned char* shared_;
   RowShape shape_;
 };
 

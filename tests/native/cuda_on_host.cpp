@@ -3,6 +3,7 @@
 #include "cuda_on_host.h"
 
 #include "../../csrc/cuda/attention_backward_relevancy.cuh"
+#include "../../csrc/cuda/glimpse_statistics.cuh"
 #include "../../csrc/cuda/relevancy_product.cuh"
 
 using namespace fastxai::cuda;
@@ -16,7 +17,7 @@ void fill(Problem& p, int32_t element, const void* const* tensors, const int64_t
           float scale) {
   p.element = static_cast<fastxai::Element>(element), p.scale = scale;
   p.query = tensors[0], p.key = tensors[1], p.value = tensors[2], p.grad_output = tensors[3];
-  p.logsumexp = static_cast<const float*>(tensors[4]), p.row = static_cast<const float*>(tensors[5]);
+  p.logsumexp = static_cast<const float*>(tensors[4]);
   p.key_start = static_cast<const int32_t*>(tensors[6]), p.key_end = static_cast<const int32_t*>(tensors[7]);
   p.batch = sizes[0], p.targets = sizes[1], p.heads = sizes[2], p.key_heads = sizes[3];
   p.queries = sizes[4], p.keys = sizes[5], p.width = sizes[6];
@@ -42,7 +43,7 @@ extern "C" int relevancy_product(int32_t element, const void* const* tensors, co
                                  const int64_t* strides, float scale, const Options* options, void* const* results) {
   fastxai::RelevancyProduct p{};
   fill(p, element, tensors, sizes, strides, scale);
-  p.grad_targets = sizes[7], p.result = static_cast<float*>(results[0]);
+  p.row = static_cast<const float*>(tensors[5]), p.grad_targets = sizes[7], p.result = static_cast<float*>(results[0]);
 
   const Plan plan = make_plan(p, options->device(), options->atomics != 0);
   std::vector<TileRange> ranges(static_cast<size_t>(tile_range_count(p, plan)));
@@ -57,7 +58,7 @@ extern "C" void attention_backward_relevancy(int32_t element, const void* const*
                                              void* const* results) {
   fastxai::AttentionBackwardRelevancy p{};
   fill(p, element, tensors, sizes, strides, scale);
-  p.output = tensors[8];
+  p.row = static_cast<const float*>(tensors[5]), p.output = tensors[8];
   std::memcpy(p.output_stride, strides + 13, sizeof(p.output_stride));
   p.grad_query = results[0], p.grad_key = results[1], p.grad_value = results[2];
   p.product = static_cast<float*>(results[3]);
@@ -68,4 +69,20 @@ extern "C" void attention_backward_relevancy(int32_t element, const void* const*
   std::memset(static_cast<void*>(states.data()), 0xff, states.size() * sizeof(RowState));
   std::vector<float> partial(static_cast<size_t>(partial_count(p)), NAN);
   launch_kernels(p, plan, options->device(), ranges.data(), states.data(), partial.data(), options->launch());
+}
+
+// tensors, then sum_start and sum_end. results: row_sums, gradient_sums, norm.
+extern "C" void glimpse_statistics(int32_t element, const void* const* tensors, const int64_t* sizes,
+                                   const int64_t* strides, float scale, const Options* options, void* const* results) {
+  fastxai::GlimpseStatistics p{};
+  fill(p, element, tensors, sizes, strides, scale);
+  p.sum_start = static_cast<const int32_t*>(tensors[8]), p.sum_end = static_cast<const int32_t*>(tensors[9]);
+  p.row_sums = static_cast<float*>(results[0]), p.gradient_sums = static_cast<float*>(results[1]);
+  p.norm = static_cast<float*>(results[2]);
+
+  const StatisticsPlan plan = make_plan(p, options->device());
+  std::vector<TileRange> ranges(static_cast<size_t>(tile_range_count(p, plan)));
+  std::vector<RowSums> sums(static_cast<size_t>(sum_count(p, plan)), RowSums{NAN, NAN});
+  std::vector<float> norms(static_cast<size_t>(norm_count(p, plan)), NAN);
+  launch_kernels(p, plan, options->device(), ranges.data(), sums.data(), norms.data(), options->launch());
 }

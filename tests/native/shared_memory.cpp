@@ -8,6 +8,7 @@
 #include "cuda_on_host.h"
 
 #include "../../csrc/cuda/attention_backward_relevancy.cuh"
+#include "../../csrc/cuda/glimpse_statistics.cuh"
 #include "../../csrc/cuda/relevancy_product.cuh"
 
 using namespace fastxai::cuda;
@@ -33,6 +34,11 @@ void print_backward_rows() {
   (print<Tiles>("backward_rows", Tiles::kSharedBytes), ...);
 }
 
+template <typename... Tiles>
+void print_statistics() {
+  (print<Tiles>("glimpse_statistics_rows", statistics_bytes<Tiles>()), ...);
+}
+
 template <typename T>
 void print_16_bit() {
   print_columns<FmaTiles<T>, TensorCoreTiles<T, 64>, TensorCoreTiles<T, 96>, TensorCoreTiles<T, 128>,
@@ -41,12 +47,14 @@ void print_16_bit() {
                       TensorCorePairs<T, 256, 2>>();
   print_backward_rows<FmaPairs<T, 1>, TensorCorePairs<T, 64, 1>, TensorCorePairs<T, 96, 1>, TensorCorePairs<T, 128, 1>,
                       TensorCorePairs<T, 256, 1>>();
+  print_statistics<FmaSides<T>, TensorCoreSides<T>>();
 }
 
 int main() {
   print_columns<FmaTiles<float>>();
   print_backward_keys<FmaPairs<float, 2>>();
   print_backward_rows<FmaPairs<float, 1>>();
+  print_statistics<FmaSides<float>>();
   print_16_bit<BFloat16>();
   print_16_bit<Float16>();
 }
