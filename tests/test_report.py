@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,18 @@ import pytest
 from PIL import Image
 
 from lvlm_fastxai.errors import ArgumentError
-from lvlm_fastxai.explanation import ExplainedImage, Explanation, PromptToken, TokenExplanation
+from lvlm_fastxai.explanation import (
+    ANSWER_DEFINITION,
+    WEIGHTED_DEFINITION,
+    Comparison,
+    ExplainedImage,
+    Explanation,
+    PromptToken,
+    TokenExplanation,
+    TokenWeight,
+    UntouchedToken,
+)
+from lvlm_fastxai.methods import GlimpseOptions
 from lvlm_fastxai.report import overlay, render_html
 from lvlm_fastxai.report.colormap import colours, resample
 
@@ -46,7 +59,7 @@ def make(
         prompt[-1] = PromptToken(words[-1], 99, len(words) + 23, False)
         tokens.append(
             TokenExplanation(
-                text, 40 + index, position, 0.9 - 0.1 * index, 5.0, [image_map] * pictures * maps, scores, shares
+                text, 40 + index, position, 0.9 - 0.1 * (index % 8), 5.0, [image_map] * pictures * maps, scores, shares
             )
         )
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
@@ -70,6 +83,42 @@ def make(
         prompt_length=50,
         versions={"lvlm_fastxai": "0.1.0"},
         command="lvlm-fastxai explain picture.png 'what?'",
+    )
+
+
+def make_weighted(
+    texts: tuple[str, ...] = ("a", " red", " cir", "cle"), untouched: tuple[int, ...] = ()
+) -> Explanation:
+    """The same with token weights, and another method's maps whose largest value is in cell 23 and 1000 times larger.
+
+    Args:
+        untouched: indices of the texts that were not explained.
+    """
+    explanation = make(texts)
+    generator = np.random.default_rng(1)
+    alignment, grounding = generator.random((2, len(texts))) * [[1e-4], [3e-3]]
+    probability = np.array([token.probability for token in explanation.tokens])
+    for_image, for_prompt = probability * alignment, probability * grounding
+    kept = [index for index in range(len(texts)) if index not in untouched]
+    for_image, for_prompt = for_image / for_image[kept].sum(), for_prompt / for_prompt[kept].sum()
+    numbers = np.stack([alignment, grounding, for_image, for_prompt, for_image * for_prompt], axis=1)
+    tokens = [
+        replace(token, weight=TokenWeight(*map(float, of_token)))
+        for token, of_token in zip(explanation.tokens, numbers, strict=True)
+    ]
+    compared = np.full((4, 6), 0.5, np.float32)
+    compared[-1, -1] = 40
+    scores = np.linspace(8, 3, len(explanation.prompt_tokens), dtype=np.float32)
+    return replace(
+        explanation,
+        method="glimpse",
+        options=asdict(GlimpseOptions(layers="top:0.6")),
+        tokens=[tokens[index] for index in kept],
+        untouched=[
+            UntouchedToken(texts[i], tokens[i].token_id, tokens[i].position, tokens[i].probability) for i in untouched
+        ],
+        chosen_tokens="content" if untouched else "all",
+        comparison=Comparison("chefer", [compared] * len(explanation.image_maps), scores),
     )
 
 
@@ -137,6 +186,112 @@ def test_data_holds_raw_values():
         assert entry["probability"] == token.probability
         np.testing.assert_allclose(entry["words"], token.prompt_scores[1:-1], rtol=1e-5)
     np.testing.assert_allclose(data["entries"][0]["maps"][0], explanation.image_map.ravel(), rtol=1e-5)
+
+
+def test_data_of_a_weighted_answer():
+    explanation = make_weighted()
+    data = json.loads(Page(render_html(explanation)).raw[1])
+    whole, compared, *tokens = data["entries"]
+    assert [e["kind"] for e in data["entries"]] == ["whole", "comparison", *["token"] * 4]
+    np.testing.assert_allclose(whole["maps"][0], explanation.image_map.ravel(), rtol=1e-5)
+    np.testing.assert_allclose(whole["words"], explanation.prompt_scores[1:-1], rtol=1e-5)
+    weights = [token.weight.image_weight for token in explanation.tokens]
+    np.testing.assert_allclose(whole["maps"][0], np.array(weights) @ [t["maps"][0] for t in tokens], rtol=1e-4)
+    assert explanation.comparison is not None
+    np.testing.assert_allclose(compared["maps"][0], explanation.comparison.image_maps[0].ravel(), rtol=1e-5)
+    np.testing.assert_allclose(compared["words"], explanation.comparison.prompt_scores[1:-1], rtol=1e-5)
+    assert compared["shares"] is None
+
+
+def test_own_query_row_of_the_compared_method_does_not_outshine_the_words():
+    explanation = make_weighted()
+    explanation.prompt_tokens[:] = [replace(token, in_question=True) for token in explanation.prompt_tokens]
+    assert explanation.comparison is not None
+    explanation.comparison.prompt_scores[-1] = 1 / 4 + 1e-3  # one of four rows starts there
+    compared = json.loads(Page(render_html(explanation)).raw[1])["entries"][1]
+    assert compared["words"][-1] == pytest.approx(1e-3, rel=1e-3)
+
+
+WEIGHTS = ("prompt_alignment", "visual_grounding", "image_weight", "prompt_weight", "score")
+
+
+@pytest.mark.parametrize("count", [1, 4, 64])
+def test_table_holds_every_tokens_weights(count):
+    explanation = make_weighted(tuple(f" word{i}" for i in range(count)))
+    source = render_html(explanation)
+    found = [float(value) for value in re.findall(r'<data value="([^"]+)">', source)]
+    expected = [[t.probability, *(getattr(t.weight, name) for name in WEIGHTS)] for t in explanation.tokens]
+    np.testing.assert_allclose(np.reshape(found, (count, 6)), expected, rtol=1e-5)
+    widths = np.reshape([float(w) for w in re.findall(r'<rect width="([^"]+)"', source)], (count, 6))
+    full = np.max(expected, axis=0)
+    full[0] = 1  # a probability's bar ends at 1
+    np.testing.assert_allclose(widths, 100 * np.array(expected) / full, atol=0.01)
+
+
+def test_numbers_are_in_the_unit_of_their_column():
+    source = render_html(make_weighted())
+    units = re.findall(r"</b><small>([^<]*)</small>", source)
+    assert units[:5] == ["%", "×\u202f10⁻⁵", "×\u202f10⁻³", "%", "%"] and units[5].startswith("×\u202f10⁻")
+    digits = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+    powers = [0.01 if unit == "%" else 10.0 ** int(unit.removeprefix("×\u202f10").translate(digits)) for unit in units]
+    cells = re.findall(r'<data value="([^"]+)">([^<]+)</data>', source)
+    assert len(cells) == 24
+    for index, (value, text) in enumerate(cells):
+        column = index % 6
+        rounding = 0.05 if units[column] == "%" else 0.005
+        assert float(text) * powers[column] == pytest.approx(float(value), abs=1.001 * rounding * powers[column])
+
+
+def test_weights_of_zero_are_said():
+    explanation = make_weighted()
+    assert "No token has any" not in render_html(explanation)
+    nothing = TokenWeight(0.0, 1e-3, 0.0, 0.25, 0.0)
+    explanation.tokens[:] = [replace(token, weight=nothing) for token in explanation.tokens]
+    source = render_html(explanation)
+    assert "No token has any prompt alignment" in source and "visual grounding, so" not in source
+
+
+def test_definitions_are_the_explanations_own():
+    weighted, plain = (html.unescape(render_html(explanation)) for explanation in (make_weighted(), make()))
+    assert WEIGHTED_DEFINITION in weighted and WEIGHTED_DEFINITION not in plain
+    assert f"maps and scores are the {ANSWER_DEFINITION}" in plain
+    assert f"maps and scores are the {ANSWER_DEFINITION}" not in weighted
+    assert f"The comparison is the {ANSWER_DEFINITION} by Chefer" in weighted
+
+
+def test_options_are_among_the_facts():
+    source = render_html(make_weighted(untouched=(0, 3)))
+    for name, value in (
+        ("Propagation", "literal"),
+        ("Stats domain", "full"),
+        ("Head temperature", "0.5"),
+        ("Depth rate", "0.2"),
+        ("Layers", "top:0.6"),
+        ("Route", "one_sweep"),
+        ("Tokens", "content: 2 of 4"),
+    ):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in source
+
+
+def test_untouched_tokens_stand_in_their_places():
+    source = render_html(make_weighted(untouched=(0, 3)))
+    answer = re.search(r'id="tokens".*?<p class="hint">', source, re.DOTALL)
+    assert answer is not None
+    found = re.findall(r'<(button|span)[^>]* class="(?:token|untouched)( joined)?".*?class="text">([^<]+)<', answer[0])
+    assert found == [("span", "", "a"), ("button", "", "red"), ("button", "", "cir"), ("span", " joined", "cle")]
+    share = (0.9 + 0.6) / (0.9 + 0.8 + 0.7 + 0.6)
+    assert (
+        f"2 of 4 tokens, with a dashed border, were not explained (tokens: content). They hold {share:.1%}"[:-1]
+        in source
+    )
+
+
+def test_other_methods_show_nothing_of_it():
+    page = Page(render_html(make()))
+    assert not {tag for tag, _ in page.elements} & {"table", "svg", "data", "sup"}
+    assert not any({"data-when", "abbr"} & attributes.keys() for _, attributes in page.elements)
+    source = re.sub(r"<(style|script).*?</\1>", "", render_html(make()), flags=re.DOTALL)
+    assert not re.search(r"GLIMPSE|glimpse|weight|β|γ|dashed|by Chefer", source)
 
 
 def test_own_query_row_does_not_outshine_the_words():
@@ -510,9 +665,190 @@ def test_light_and_dark_differ(open_page):
     assert sum(map(int, re.findall(r"\d+", grounds[0]))) > 700 > 150 > sum(map(int, re.findall(r"\d+", grounds[1])))
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_of_a_weighted_answer_has_contrast(open_page, scheme):
+    driver = open_page(make_weighted(untouched=(0, 2)), scheme=scheme)
+    driver.execute_script("document.querySelector('details').open = true")
+    for index in (1, 2):
+        tokens(driver)[index].click()
+        found = driver.execute_script(CONTRAST)
+        assert len(found) > 60
+        assert min(found)[0] >= 4.5, min(found)
+
+
+def table(driver: Any) -> dict[str, Any]:
+    """The rows of the token weights: which is highlighted, which is marked as chosen, which of them Tab would reach."""
+    return driver.execute_script(
+        """
+        const box = document.getElementById("weights"), rows = Array.from(box.querySelectorAll("tbody tr"));
+        const picks = rows.map((row) => row.querySelector("button"));
+        const ground = (row) => getComputedStyle(row.cells[1]).backgroundColor;
+        const seen = (row) => {
+          const own = row.getBoundingClientRect(), head = box.querySelector("thead").getBoundingClientRect();
+          return own.top >= head.bottom - 1 && own.bottom <= box.getBoundingClientRect().bottom + 1;
+        };
+        const where = (test) => rows.flatMap((row, index) => test(row, index) ? [index] : []);
+        return {
+          tinted: where((row) => ground(row) !== "rgba(0, 0, 0, 0)"),
+          current: where((_, index) => picks[index].getAttribute("aria-current") === "true"),
+          stops: where((_, index) => picks[index].tabIndex === 0),
+          focus: picks.indexOf(document.activeElement),
+          seen: where(seen),
+          page: window.scrollY,
+        };
+        """
+    )
+
+
+def rows(driver: Any) -> list[Any]:
+    return driver.find_elements("css selector", "#weights tbody tr")
+
+
+def away(driver: Any) -> None:
+    """The pointer off everything that shows a token."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    webdriver.ActionChains(driver).move_to_element(driver.find_element("css selector", "h1")).perform()
+
+
+def test_row_of_the_table_chooses_its_token(open_page):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    driver = open_page(make_weighted())
+    assert table(driver)["tinted"] == table(driver)["current"] == []
+    webdriver.ActionChains(driver).move_to_element(rows(driver)[2]).perform()
+    now = shown(driver)
+    assert (now["entry"], now["checked"], now["peak"]) == (4, 0, 2) and table(driver)["tinted"] == [2]
+    away(driver)
+    assert shown(driver)["entry"] == 0 and table(driver)["tinted"] == []
+    rows(driver)[1].find_element("css selector", "td:last-child").click()
+    away(driver)
+    now = shown(driver)
+    assert now["entry"] == now["checked"] == 3 and now["peak"] == 1 and "red" in now["live"]
+    assert table(driver)["tinted"] == table(driver)["current"] == table(driver)["stops"] == [1]
+    tokens(driver)[5].click()
+    assert table(driver)["tinted"] == table(driver)["current"] == [3]
+
+
+def test_keyboard_walks_through_the_table(open_page):
+    keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
+    driver = open_page(make_weighted())
+    tokens(driver)[0].click()
+    press(driver, keys.TAB)
+    assert table(driver)["focus"] == 0 and shown(driver)["entry"] == 0  # passing by chooses nothing
+    press(driver, keys.ENTER)
+    assert shown(driver)["entry"] == shown(driver)["checked"] == 2 and table(driver)["focus"] == 0
+    press(driver, keys.ARROW_DOWN, keys.ARROW_DOWN)
+    assert shown(driver)["entry"] == 4 and table(driver)["focus"] == 2 and table(driver)["stops"] == [2]
+    press(driver, keys.END, keys.ARROW_DOWN)
+    assert shown(driver)["entry"] == 5 and table(driver)["focus"] == 3
+    press(driver, keys.HOME)
+    assert shown(driver)["entry"] == 2 and table(driver)["focus"] == 0
+    press(driver, keys.ESCAPE)
+    assert shown(driver)["entry"] == 0 and table(driver)["current"] == []
+    # One stop for all rows.
+    press(driver, keys.TAB)
+    assert table(driver)["focus"] == -1
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_long_table_scrolls_to_the_token_and_the_page_stays(open_page, width):
+    keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
+    driver = open_page(make_weighted((*(f" word{i}" for i in range(63)), "x" * 200)), width=width)
+    assert 3 <= len(table(driver)["seen"]) < 32
+    for index in (60, 20, 63, 0):
+        driver.execute_script(
+            "document.querySelectorAll('.token')[arguments[0]].focus({preventScroll: true})", index + 2
+        )
+        now = table(driver)
+        assert now["tinted"] == [index] and index in now["seen"] and now["page"] == 0
+    driver.execute_script("document.querySelector('#weights button').focus({preventScroll: true})")
+    press(driver, keys.END)
+    assert 63 in table(driver)["seen"] and table(driver)["page"] == 0
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_comparison_has_a_scale_of_its_own(open_page):
+    explanation = make_weighted()
+    driver = open_page(explanation)
+    weighted = shown(driver)
+    assert weighted["words"] == pytest.approx(explanation.prompt_scores[1:-1].tolist(), rel=1e-4)
+
+    def notes() -> list[str]:
+        return [e.text for e in driver.find_elements("css selector", "[data-when]") if e.is_displayed()]
+
+    assert notes() == ["Weighted by βV.", ", weighted by βP"]
+    tokens(driver)[1].click()
+    compared = shown(driver)
+    assert compared["peak"] == 23 and compared["checked"] == 1 and compared["label"] == "Whole answer by Chefer"
+    assert explanation.comparison is not None
+    assert compared["words"] == pytest.approx(explanation.comparison.prompt_scores[1:-1].tolist(), rel=1e-4)
+    assert compared["most"].startswith("4.00") and "10¹" in compared["most"]
+    assert notes() == ["Chefer’s mean.", ", Chefer’s mean"]
+    assert compared["tints"][0] == "rgba(226, 104, 22, 0.5)"  # its own largest word
+    assert driver.find_element("id", "share-image").text == "–" and "NaN" not in compared["live"]
+    # One scale for all tokens neither takes the other method's values in nor applies to them.
+    driver.find_element("id", "common").click()
+    assert shown(driver)["most"] == compared["most"]
+    tokens(driver)[3].click()
+    assert shown(driver)["most"].startswith("4.00") and "10⁻²" in shown(driver)["most"] and notes() == []
+    press(driver, pytest.importorskip("selenium.webdriver.common.keys").Keys.ESCAPE)
+    driver.find_element("id", "common").click()
+    away(driver)
+    assert {**shown(driver), "live": "", "focus": 0} == {**weighted, "live": "", "focus": 0}
+
+
+def test_arrows_reach_the_comparison_and_pass_by_untouched_tokens(open_page):
+    keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
+    driver = open_page(make_weighted(untouched=(0, 2)))
+    tokens(driver)[0].click()
+    labels = []
+    for _ in range(4):
+        press(driver, keys.ARROW_RIGHT)
+        labels.append(shown(driver)["label"])
+    assert labels == ["Whole answer by Chefer", "“red”", "“cle”", "Whole answer"]
+    driver.find_element("css selector", ".untouched").click()
+    assert shown(driver)["entry"] == 0
+
+
+def test_map_of_zeros_has_a_scale_of_zero(open_page):
+    explanation = make_weighted()
+    nothing = TokenWeight(0.0, 1e-3, 0.0, 0.25, 0.0)
+    explanation.tokens[:] = [replace(token, weight=nothing) for token in explanation.tokens]
+    assert shown(open_page(explanation))["most"].startswith("0.00")
+
+
+def test_weighted_answer_without_a_grid_or_question_words(open_page):
+    explanation = make_weighted()
+    assert explanation.comparison is not None
+    explanation.comparison = replace(explanation.comparison, image_maps=[])
+    explanation.tokens[:] = [replace(token, image_maps=[]) for token in explanation.tokens]
+    explanation.prompt_tokens[:] = [replace(token, in_question=False) for token in explanation.prompt_tokens]
+    driver = open_page(explanation)
+    rows(driver)[1].click()
+    tokens(driver)[1].click()
+    assert shown(driver)["peak"] is None and shown(driver)["entry"] == 1
+    assert "mean" not in driver.find_element("id", "question-title").text
+
+
+def test_frame_of_a_notebook_shows_the_page(driver, tmp_path):
+    path = tmp_path / "notebook.html"
+    path.write_text("<!DOCTYPE html>" + make_weighted()._repr_html_(), encoding="utf-8")
+    driver.get(path.as_uri())
+    driver.switch_to.frame(driver.find_element("css selector", "iframe"))
+    try:
+        assert driver.execute_script("return document.body.dataset.ready") == "true"
+        tokens(driver)[3].click()
+        assert shown(driver)["peak"] == 1 and table(driver)["current"] == [1]
+    finally:
+        driver.switch_to.default_content()
+
+
 def test_hostile_text_is_shown_and_not_run(open_page):
     driver = open_page(make(texts=(HOSTILE, " b"), question=HOSTILE))
     tokens(driver)[1].click()
+    assert HOSTILE in shown(driver)["label"]
+    assert len(driver.find_elements("css selector", "img")) == 1
+    driver = open_page(make_weighted((HOSTILE, HOSTILE, " b"), untouched=(1,)))
+    rows(driver)[0].click()
     assert HOSTILE in shown(driver)["label"]
     assert len(driver.find_elements("css selector", "img")) == 1
 

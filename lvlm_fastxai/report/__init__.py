@@ -16,8 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..explanation import ANSWER_DEFINITION, CONFIDENCE_DEFINITION, ExplainedImage, Explanation, TokenExplanation
+from ..explanation import (
+    ANSWER_DEFINITION,
+    CONFIDENCE_DEFINITION,
+    WEIGHTED_DEFINITION,
+    ExplainedImage,
+    Explanation,
+    TokenExplanation,
+)
 from .colormap import ANCHORS, OPACITY_FLOOR, colours, resample
+from .text import percent, token_label
+from .weights import weight_meanings, weight_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -106,9 +115,13 @@ def render_html(explanation: Explanation) -> str:
         byline=html.escape(f"{explanation.model_name} · {explanation.method} · {seconds}"),
         notes="".join(f'<p class="note">{html.escape(note)}</p>' for note in explanation.notes),
         figures=_figures(explanation),
+        map_note=_whole_note(explanation, "Weighted by β<sup>V</sup>. ", "{}’s mean. "),
+        word_note=_whole_note(explanation, ", weighted by β<sup>P</sup>", ", {}’s mean") if words else "",
         without_maps="" if explanation.image_maps else "hidden",
         words="".join(f"<li><span>{html.escape(text)}</span><small></small></li>" for text, _ in words),
         tokens=_buttons(explanation),
+        untouched=_untouched(explanation),
+        weights=weight_table(explanation.tokens) if explanation.weighted else "",
         facts=_facts(explanation),
         without_command="" if explanation.command else "hidden",
         command=html.escape(explanation.command),
@@ -141,26 +154,77 @@ def _scores_without_self(explanation: Explanation, token: TokenExplanation) -> N
     return np.where(own, np.float32(0), token.prompt_scores)
 
 
-def _label(text: str) -> str:
-    """A token's text as it is shown: white space made visible when there is nothing else."""
-    return text.strip() or text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "∅"
+def _compared_scores(explanation: Explanation) -> NDArray[np.float32]:
+    """The other method's mean prompt scores, without the 1 that the rule starts with at a token's own query row."""
+    assert explanation.comparison is not None
+    query_rows = {token.position - 1 for token in explanation.tokens}
+    own = [prompt_token.position in query_rows for prompt_token in explanation.prompt_tokens]
+    return explanation.comparison.prompt_scores - np.array(own, np.float32) / len(explanation.tokens)
 
 
 def _buttons(explanation: Explanation) -> str:
-    whole = (
-        '<button type="button" class="token whole" role="radio" aria-checked="true">'
-        f'<span class="text">Whole answer</span><small>{_percent(explanation.confidence)}</small></button>'
-    )
-    buttons = [whole]
-    for number, token in enumerate(explanation.tokens):
-        joined = " joined" if number and not token.text[:1].isspace() else ""
-        share = _percent(token.probability)
-        buttons.append(
-            f'<button type="button" class="token{joined}" role="radio" aria-checked="false" tabindex="-1">'
-            f'<span class="text">{html.escape(_label(token.text))}</span>'
-            f'<small aria-label="probability {share}">{share}</small></button>'
+    """One radio button per entry of the data, in its order, and the tokens that were not explained in their places."""
+    confidence = percent(explanation.confidence)
+    if explanation.comparison is None:
+        whole = _whole("Whole answer", confidence, chosen=True)
+    else:
+        weighted = f"weighted · {confidence}" if explanation.weighted else confidence
+        whole = (
+            '<div class="wholes">'
+            + _whole(f"Whole answer: {METHOD_NAMES[explanation.method]}", weighted, chosen=True)
+            + _whole(f"Whole answer: {_compared(explanation)}", "mean over the same tokens", chosen=False)
+            + "</div>"
         )
-    return "".join(buttons)
+    pieces = sorted([*explanation.tokens, *explanation.untouched], key=lambda piece: piece.position)
+    parts = [whole]
+    for number, piece in enumerate(pieces):
+        joined = " joined" if number and not piece.text[:1].isspace() else ""
+        share = percent(piece.probability)
+        inside = (
+            f'<span class="text">{html.escape(token_label(piece.text))}</span>'
+            f'<small aria-label="probability {share}">{share}</small>'
+        )
+        if isinstance(piece, TokenExplanation):
+            parts.append(
+                f'<button type="button" class="token{joined}" role="radio" aria-checked="false" tabindex="-1">'
+                f"{inside}</button>"
+            )
+        else:
+            parts.append(f'<span class="untouched{joined}"><span class="hidden">not explained: </span>{inside}</span>')
+    return "".join(parts)
+
+
+def _whole(text: str, below: str, *, chosen: bool) -> str:
+    state = 'aria-checked="true"' if chosen else 'aria-checked="false" tabindex="-1"'
+    return (
+        f'<button type="button" class="token whole" role="radio" {state}>'
+        f'<span class="text">{html.escape(text)}</span><small>{below}</small></button>'
+    )
+
+
+def _compared(explanation: Explanation) -> str:
+    assert explanation.comparison is not None
+    return explanation.comparison.method.capitalize()
+
+
+def _whole_note(explanation: Explanation, weighted: str, compared: str) -> str:
+    """What the whole answer's values are, for a method that weights its tokens; each part is shown while they are."""
+    parts = [f'<span data-when="whole">{weighted}</span>'] if explanation.weighted else []
+    if explanation.comparison is not None:
+        text = html.escape(compared.format(_compared(explanation)))
+        parts.append(f'<span data-when="comparison" hidden>{text}</span>')
+    return "".join(parts)
+
+
+def _untouched(explanation: Explanation) -> str:
+    if not explanation.untouched:
+        return ""
+    left, total = len(explanation.untouched), len(explanation.untouched) + len(explanation.tokens)
+    return (
+        f'<p class="hint">{left} of {total} tokens, with a dashed border, were not explained '
+        f"(tokens: {html.escape(explanation.chosen_tokens)}). They hold {percent(explanation.untouched_share)} of the "
+        "answer's probability mass.</p>"
+    )
 
 
 def _figures(explanation: Explanation) -> str:
@@ -194,16 +258,30 @@ def _embedded(picture: Image.Image) -> str:
 
 
 def _data(explanation: Explanation, words: list[tuple[str, list[int]]]) -> dict[str, Any]:
-    def entry(label: str, probability: float, maps: list[Any], scores: Any, shares: dict[str, float]) -> dict[str, Any]:
+    def entry(
+        kind: str, label: str, probability: float, maps: list[Any], scores: Any, shares: dict[str, float] | None
+    ) -> dict[str, Any]:
         return {
+            "kind": kind,
             "label": label,
             "probability": probability,
             "maps": [_rounded(image_map.ravel()) for image_map in maps],
             "words": _rounded([scores[indices].sum() for _, indices in words]),
-            "shares": {part: float(f"{shares[part]:.6g}") for part in PARTS},
+            "shares": shares and {part: float(f"{shares[part]:.6g}") for part in PARTS},
         }
 
     scores = [_scores_without_self(explanation, token) for token in explanation.tokens]
+    of_answer = explanation.prompt_scores if explanation.weighted else np.mean(scores, axis=0)
+    entries = [
+        entry("whole", "", explanation.confidence, explanation.image_maps, of_answer, explanation.shares),
+        *(
+            entry("token", token_label(t.text), t.probability, t.image_maps, own, t.shares)
+            for t, own in zip(explanation.tokens, scores, strict=True)
+        ),
+    ]
+    if explanation.comparison is not None:
+        maps, compared = explanation.comparison.image_maps, _compared_scores(explanation)
+        entries.insert(1, entry("comparison", _compared(explanation), explanation.confidence, maps, compared, None))
     images = []
     for image, image_map in zip(explanation.images, explanation.image_maps, strict=False):
         width, height = image.picture.size
@@ -220,13 +298,7 @@ def _data(explanation: Explanation, words: list[tuple[str, list[int]]]) -> dict[
         "anchors": ANCHORS,
         "floor": OPACITY_FLOOR,
         "images": images,
-        "entries": [
-            entry("", explanation.confidence, explanation.image_maps, np.mean(scores, axis=0), explanation.shares),
-            *(
-                entry(_label(t.text), t.probability, t.image_maps, own, t.shares)
-                for t, own in zip(explanation.tokens, scores, strict=True)
-            ),
-        ],
+        "entries": entries,
     }
 
 
@@ -238,9 +310,11 @@ def _rounded(values: Any) -> list[float]:
 def _facts(explanation: Explanation) -> str:
     facts = {
         "Method": METHOD_NAMES.get(explanation.method, explanation.method),
+        **{name.replace("_", " ").capitalize(): str(value) for name, value in explanation.options.items()},
+        **_choice(explanation),
         "Model": explanation.model_name,
         "Architecture": explanation.model_class,
-        "Confidence": _percent(explanation.confidence),
+        "Confidence": percent(explanation.confidence),
         "Time to answer": _seconds(explanation.seconds.get("generate", 0.0)),
         "Time to explain": _seconds(explanation.seconds.get("explain", 0.0)),
         "Peak memory": "not measured" if explanation.peak_bytes is None else _bytes(explanation.peak_bytes),
@@ -259,14 +333,21 @@ def _facts(explanation: Explanation) -> str:
     )
 
 
+def _choice(explanation: Explanation) -> dict[str, str]:
+    if explanation.chosen_tokens == "all":
+        return {}
+    explained = len(explanation.tokens)
+    return {"Tokens": f"{explanation.chosen_tokens}: {explained} of {explained + len(explanation.untouched)}"}
+
+
 def _pruning(explanation: Explanation) -> dict[str, str]:
     if explanation.row_tolerance == 0:
         return {}
     if explanation.share_of_rows == 1:
         return {"Row tolerance": f"{explanation.row_tolerance}: exact"}
     return {
-        "Row tolerance": f"{explanation.row_tolerance}: {_percent(explanation.share_of_rows)} of the rows visited",
-        "Estimated error": f"at most {_percent(explanation.estimated_error)} of a token's relevancy",
+        "Row tolerance": f"{explanation.row_tolerance}: {percent(explanation.share_of_rows)} of the rows visited",
+        "Estimated error": f"at most {percent(explanation.estimated_error)} of a token's relevancy",
     }
 
 
@@ -282,18 +363,30 @@ def _how_to_read(explanation: Explanation) -> str:
         "of the token shown; “one scale for all tokens” keeps it fixed instead. “Raw grid” shows the patches as the "
         "model has them; otherwise they are drawn smoothly through the same values. The overlay is more transparent "
         "where the value is small.",
-        f"For the whole answer, maps and scores are the {ANSWER_DEFINITION}. "
+        f"For the whole answer, maps and scores are the "
+        f"{WEIGHTED_DEFINITION if explanation.weighted else ANSWER_DEFINITION}. "
         f"Its confidence is the {CONFIDENCE_DEFINITION}.",
         "“Where the relevancy lies” sums the raw values over the image, the question, the prompt's template (the words "
         "and markers around the question) and the answer's earlier tokens. The entry of the position that produced the "
-        "token is left out, there and in the question's words.",
+        "token is left out, there and in the question's words."
+        + (" For the whole answer it is the tokens' plain mean, without weights." if explanation.weighted else ""),
         "A map says which inputs the answer depends on by this measure. It does not say that the answer is right.",
     ]
-    return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}\u202f%"
+    if explanation.comparison is not None:
+        lines.insert(
+            -1,
+            f"The comparison is the {ANSWER_DEFINITION} by {_compared(explanation)}, for the same tokens and from the "
+            "same backward passes. It has a colour scale of its own, and its values and those of the other method have "
+            "no common unit: compare where they lie, not how large they are. There are no sums by part for it.",
+        )
+    parts = [f"<p>{html.escape(line)}</p>" for line in lines]
+    if explanation.weighted:
+        parts.insert(
+            -1,
+            "<p>In the table of token weights the bars of p run to 100 %, all others to the largest value of their "
+            f"column.</p>{weight_meanings()}",
+        )
+    return "".join(parts)
 
 
 def _seconds(seconds: float) -> str:

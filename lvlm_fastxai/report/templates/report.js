@@ -1,10 +1,15 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const entries = data.entries; // entry 0: the whole answer, then one per token
+  // Entry 0: the whole answer; then, where there is one, another method's; then one per token. So are the buttons.
+  const entries = data.entries;
+  const firstToken = entries.findIndex((entry) => entry.kind === "token");
   const anchors = data.anchors.map((hex) => [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16)));
   const byId = (id) => document.getElementById(id);
   const buttons = Array.from(document.querySelectorAll(".token"));
+  const weights = byId("weights"); // a row per token; absent for a method that weights none
+  const rows = weights ? Array.from(weights.querySelectorAll("tbody tr")) : [];
+  const picks = rows.map((row) => row.querySelector("button"));
   const words = Array.from(document.querySelectorAll(".words li"));
   const canvases = Array.from(document.querySelectorAll(".frame canvas"));
   const opacity = byId("opacity");
@@ -38,9 +43,14 @@
 
   const imageMaxima = entries.map((entry) => largest(entry.maps.map(largest)));
   const wordMaxima = entries.map((entry) => largest(entry.words));
-  const imageUnit = unitOf(imageMaxima);
-  const wordUnit = unitOf(wordMaxima);
-  const scaleOf = (maxima) => (common.checked ? largest(maxima) : maxima[shown]) || 1;
+  // Another method's values have a unit and a scale of their own.
+  const alike = (maxima) => {
+    const compared = entries[shown].kind === "comparison";
+    return maxima.filter((_, index) => (entries[index].kind === "comparison") === compared);
+  };
+  const imageUnit = () => unitOf(alike(imageMaxima));
+  const wordUnit = () => unitOf(alike(wordMaxima));
+  const scaleOf = (maxima) => (common.checked ? largest(alike(maxima)) : maxima[shown]);
 
   // Catmull–Rom weights between cell centres, as in colormap.py.
   const weightsFor = (cells, pixels) => Array.from({ length: pixels }, (_, pixel) => {
@@ -84,7 +94,7 @@
     const height = rows * detail;
     const width = columns * detail;
     const drawn = raw ? values : smooth(values, rows, columns, height, width);
-    const scale = scaleOf(imageMaxima);
+    const scale = scaleOf(imageMaxima) || 1;
     const strength = Number(opacity.value) / 100;
     const tile = document.createElement("canvas");
     tile.width = width;
@@ -118,34 +128,59 @@
   const paint = () => {
     const entry = entries[shown];
     canvases.forEach(paintMap);
-    byId("most").textContent = inUnit(scaleOf(imageMaxima), imageUnit) + unitText(imageUnit);
-    const scale = scaleOf(wordMaxima);
+    byId("most").textContent = inUnit(scaleOf(imageMaxima), imageUnit()) + unitText(imageUnit());
+    const scale = scaleOf(wordMaxima) || 1;
+    const unit = wordUnit();
+    if (words.length) byId("word-unit").textContent = "relevancy" + (unit ? "," + unitText(unit) : "");
     words.forEach((word, index) => {
       const value = entry.words[index];
       const share = Math.min(1, Math.max(0, value / scale));
       // 0.5 at most: the text keeps a contrast above 4.5:1 on the tint in both themes.
       word.style.backgroundColor = "rgba(226, 104, 22, " + (0.5 * share).toFixed(3) + ")";
       word.dataset.value = String(value);
-      word.querySelector("small").textContent = inUnit(value, wordUnit);
+      word.querySelector("small").textContent = inUnit(value, unit);
     });
     buttons.forEach((button, index) => {
       button.classList.toggle("shown", index === shown);
       button.setAttribute("aria-checked", String(index === chosen));
       button.tabIndex = index === chosen ? 0 : -1;
     });
-    const total = parts.reduce((sum, part) => sum + entry.shares[part], 0) || 1;
-    parts.forEach((part) => {
-      const share = entry.shares[part] / total;
-      byId("bar-" + part).style.flexBasis = (100 * share).toFixed(2) + "%";
-      byId("share-" + part).textContent = percent(share);
+    rows.forEach((row, at) => {
+      const index = firstToken + at;
+      row.classList.toggle("shown", index === shown);
+      row.classList.toggle("picked", index === chosen);
+      if (index === chosen) picks[at].setAttribute("aria-current", "true");
+      else picks[at].removeAttribute("aria-current");
+      picks[at].tabIndex = index === Math.max(chosen, firstToken) ? 0 : -1;
     });
-    byId("chosen-text").textContent = shown === 0 ? "Whole answer" : "\u201c" + entry.label + "\u201d";
-    byId("chosen-probability").textContent = (shown === 0 ? "confidence " : "probability ") + percent(entry.probability);
+    const shares = entry.shares; // null for another method's
+    const total = (shares && parts.reduce((sum, part) => sum + shares[part], 0)) || 1;
+    parts.forEach((part) => {
+      byId("bar-" + part).style.flexBasis = (shares ? (100 * shares[part]) / total : 0).toFixed(2) + "%";
+      byId("share-" + part).textContent = shares ? percent(shares[part] / total) : "\u2013";
+    });
+    byId("chosen-text").textContent = {
+      whole: "Whole answer", comparison: "Whole answer by " + entry.label, token: "\u201c" + entry.label + "\u201d",
+    }[entry.kind];
+    byId("chosen-probability").textContent = {
+      whole: "confidence " + percent(entry.probability), comparison: "no sums by part",
+      token: "probability " + percent(entry.probability),
+    }[entry.kind];
+    for (const element of document.querySelectorAll("[data-when]")) element.hidden = element.dataset.when !== entry.kind;
     document.body.dataset.shown = String(shown);
   };
   const announce = () => {
     byId("live").textContent = byId("chosen-text").textContent + ", " + byId("chosen-probability").textContent +
-      ", " + byId("share-image").textContent + " of its relevancy in the image";
+      (entries[shown].shares ? ", " + byId("share-image").textContent + " of its relevancy in the image" : "");
+  };
+
+  // Scrolls the table and nothing else, so far that the token's row is in sight below the table's head.
+  const reveal = (index) => {
+    const row = rows[index - firstToken];
+    if (!row) return;
+    const top = row.offsetTop - weights.querySelector("thead").offsetHeight;
+    const bottom = row.offsetTop + row.offsetHeight - weights.clientHeight;
+    weights.scrollTop = Math.min(top, Math.max(bottom, weights.scrollTop));
   };
 
   const show = (index) => {
@@ -158,12 +193,17 @@
     chosen = index;
     shown = index;
     paint();
+    reveal(index);
     if (focus) buttons[index].focus();
     announce();
   };
 
   buttons.forEach((button, index) => {
-    button.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && show(index));
+    button.addEventListener("pointerenter", (event) => {
+      if (event.pointerType !== "mouse") return;
+      show(index);
+      reveal(index);
+    });
     button.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && show(chosen));
     button.addEventListener("focus", () => index !== chosen && choose(index, false));
     button.addEventListener("click", () => choose(index, true));
@@ -174,6 +214,21 @@
     if (!(event.key in target)) return;
     event.preventDefault();
     choose((target[event.key] + buttons.length) % buttons.length, true);
+  });
+  rows.forEach((row, at) => {
+    const index = firstToken + at;
+    // Pointing at a row does not scroll: the next row would come under the pointer.
+    row.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && show(index));
+    row.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && show(chosen));
+    row.addEventListener("click", () => choose(index, false));
+    row.addEventListener("keydown", (event) => {
+      const target = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: rows.length - 1 }[event.key];
+      if (target === undefined) return;
+      event.preventDefault();
+      if (!rows[target]) return;
+      choose(firstToken + target, false);
+      picks[target].focus({ preventScroll: true });
+    });
   });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") choose(0, buttons.includes(document.activeElement));
@@ -194,8 +249,8 @@
       const row = Math.floor(((y - top) / (bottom - top)) * image.grid[0]);
       const inside = row >= 0 && column >= 0 && row < image.grid[0] && column < image.grid[1];
       readout.textContent = inside
-        ? "Row " + (row + 1) + ", column " + (column + 1) + ": " + inUnit(entries[shown].maps[index][row * image.grid[1] + column], imageUnit) +
-            unitText(imageUnit)
+        ? "Row " + (row + 1) + ", column " + (column + 1) + ": " + inUnit(entries[shown].maps[index][row * image.grid[1] + column], imageUnit()) +
+            unitText(imageUnit())
         : "Outside what the model saw";
     };
     canvas.addEventListener("pointermove", read);
@@ -203,7 +258,6 @@
     canvas.addEventListener("pointerleave", () => { readout.textContent = restingText; });
   });
 
-  if (words.length) byId("word-unit").textContent = "relevancy" + (wordUnit ? "," + unitText(wordUnit) : "");
   paintLegend();
   paint();
   document.body.dataset.ready = "true";
