@@ -23,6 +23,7 @@ from ..explanation import (
     ExplainedImage,
     Explanation,
     TokenExplanation,
+    UntouchedToken,
 )
 from .colormap import ANCHORS, OPACITY_FLOOR, colours, resample
 from .text import percent, token_label
@@ -159,7 +160,7 @@ def _compared_scores(explanation: Explanation) -> NDArray[np.float32]:
     assert explanation.comparison is not None
     query_rows = {token.position - 1 for token in explanation.tokens}
     own = [prompt_token.position in query_rows for prompt_token in explanation.prompt_tokens]
-    return explanation.comparison.prompt_scores - np.array(own, np.float32) / len(explanation.tokens)
+    return explanation.comparison.prompt_scores - np.where(own, np.float32(1 / len(explanation.tokens)), 0)
 
 
 def _buttons(explanation: Explanation) -> str:
@@ -175,7 +176,8 @@ def _buttons(explanation: Explanation) -> str:
             + _whole(f"Whole answer: {_compared(explanation)}", "mean over the same tokens", chosen=False)
             + "</div>"
         )
-    pieces = sorted([*explanation.tokens, *explanation.untouched], key=lambda piece: piece.position)
+    pieces: list[TokenExplanation | UntouchedToken] = [*explanation.tokens, *explanation.untouched]
+    pieces.sort(key=lambda piece: piece.position)
     parts = [whole]
     for number, piece in enumerate(pieces):
         joined = " joined" if number and not piece.text[:1].isspace() else ""
