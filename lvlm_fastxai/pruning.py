@@ -58,7 +58,14 @@ class Selection:
         return self.norms.scatter(2, self.rows, 0.0)
 
 
-def select_rows(norms: Tensor, tolerance: float, *, relevancy: Tensor | None = None, shared: bool = False) -> Selection:
+def select_rows(
+    norms: Tensor,
+    tolerance: float,
+    *,
+    relevancy: Tensor | None = None,
+    own: Tensor | None = None,
+    shared: bool = False,
+) -> Selection:
     """Smallest sets of rows that hold a share 1 − ``tolerance`` of each target's score (see above).
 
     Every set is filled up with the next largest rows to the size n of the largest one, so that one tensor holds all.
@@ -67,6 +74,9 @@ def select_rows(norms: Tensor, tolerance: float, *, relevancy: Tensor | None = N
         norms: (B, N, S) Euclidean norms of the gradient rows, not negative.
         tolerance: ε, 0 ≤ ε < 1; 0 keeps every row whose gradient is not zero.
         relevancy: (B, N or 1, S) the running rows, not negative; None: gradient norms alone are the score.
+        own: (B, N, S), 1 at each target's query row and 0 elsewhere, for a method that normalises the rows of its
+            layers: what a row adds to the map is then row_i, whatever its gradient's norm, and takes norm_i·row_i's
+            place in the score. Identity entries are left out, and the query rows always kept.
         shared: one set for all targets of a sample: the union of theirs.
 
     Returns:
@@ -75,19 +85,25 @@ def select_rows(norms: Tensor, tolerance: float, *, relevancy: Tensor | None = N
     norms = norms.float()
     # fp64: a share of 1e-6 of the norm must not drown in the rounding of the sum.
     scores = _shares(norms.double())
-    if relevancy is not None:
+    highest = 2 * (1 + RELEVANCY_WEIGHT)
+    if relevancy is not None and own is None:
         scores = scores + RELEVANCY_WEIGHT * _shares(norms.double() * relevancy.to(norms.device))
-    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    if relevancy is not None and own is not None:
+        own = own.to(norms.device)
+        added = (relevancy.to(norms.device) - own).double() * (norms > 0)
+        scores = (scores + RELEVANCY_WEIGHT * _shares(added)) * (1 - own)
+    ordered, order = (scores if own is None else scores + highest * own).sort(dim=-1, descending=True, stable=True)
+    if own is not None:
+        ordered = scores.gather(-1, order)
     held = ordered.cumsum(-1)
     counts = ((held < (1 - tolerance) * held[..., -1:]).sum(-1) + 1).clamp(max=norms.shape[-1])
     if tolerance == 0:
-        counts = (ordered > 0).sum(-1).clamp(min=1)
+        counts = (ordered > 0).sum(-1).clamp(min=1) if own is None else (ordered > 0).sum(-1) + 1
     if shared:
         position = torch.arange(norms.shape[-1], device=norms.device)
         wanted = torch.zeros_like(scores).scatter(2, order, (position < counts[..., None]).to(scores.dtype))
         wanted = wanted.amax(1, keepdim=True)  # (B, 1, S)
         # Wanted rows first; among the others the next largest, for filling up.
-        highest = 2 * (1 + RELEVANCY_WEIGHT)
         order = (highest * wanted + scores.amax(1, keepdim=True)).argsort(dim=-1, descending=True, stable=True)
         order = order.expand_as(norms)
         counts = wanted.sum(-1).long().expand_as(counts)
@@ -171,9 +187,14 @@ class Certificate:
 
 
 class Ledger:
-    """Collects a :class:`Certificate` while a method walks down, for (B, N) rows at a time."""
+    """Collects a :class:`Certificate` while a method walks down, for (B, N) rows at a time.
 
-    def __init__(self) -> None:
+    Args:
+        factors: of the error estimate; calibrated for each method.
+    """
+
+    def __init__(self, factors: tuple[float, float] = (MISSING_FACTOR, DROPPED_FACTOR)) -> None:
+        self._factors = factors
         self._kept: list[Tensor] = []
         self._dropped: list[Tensor] = []
         self._missing: Tensor | float = 0.0  # on the host: the row moves with a model that is spread over devices
@@ -184,6 +205,16 @@ class Ledger:
         The relevancy that row i adds is taken to be in proportion to row_i·‖∂z/∂h_i‖: what the kept rows added, times
         the left-out rows' part in that product over the kept rows' part.
         """
+        self.count(selection, row)
+        if selection is None:
+            return
+        norms, left = selection.norms.to(row.device), selection.left_out().to(row.device)
+        lost, all_of_it = (row * left).sum(-1), (row * norms).sum(-1)
+        kept = all_of_it - lost
+        self.miss(torch.where(kept > 0, product.sum(-1) * lost / kept, 0.0))
+
+    def count(self, selection: Selection | None, row: Tensor) -> None:
+        """What one layer kept, and what it dropped of the gradient's norm, for (B, N, S) rows."""
         if selection is None:
             self._kept.append(torch.full(row.shape[:2], row.shape[2]))
             self._dropped.append(torch.zeros(row.shape[:2]))
@@ -193,23 +224,26 @@ class Ledger:
         total = norms.sum(-1)
         share = torch.where(total > 0, left.sum(-1) / total, 0.0)
         self._dropped.append(share.expand(row.shape[:2]).cpu())
-        lost, all_of_it = (row * left).sum(-1), (row * norms).sum(-1)
-        kept = all_of_it - lost
-        self._missing = self._missing + torch.where(kept > 0, product.sum(-1) * lost / kept, 0.0).cpu()
+
+    def miss(self, relevancy: Tensor) -> None:
+        """(B, N) relevancy that the left-out rows would have added themselves."""
+        self._missing = self._missing + relevancy.cpu()
 
     def close(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, L) rows kept, (B, N, L) share dropped, (B, N) estimated error, for the finished (B, N, S) rows."""
         added = row.sum(-1).cpu() - 1
         missing = self._missing / added.clamp(min=torch.finfo(row.dtype).tiny)
         dropped = torch.stack(self._dropped[::-1], -1)
-        return torch.stack(self._kept[::-1], -1), dropped, estimated_error(missing.float(), dropped.mean(-1))
+        estimate = estimated_error(missing.float(), dropped.mean(-1), self._factors)
+        return torch.stack(self._kept[::-1], -1), dropped, estimate
 
 
-def estimated_error(missing: Tensor, dropped: Tensor) -> Tensor:
+def estimated_error(missing: Tensor, dropped: Tensor, factors: tuple[float, float]) -> Tensor:
     """Upper estimate of a pruned row's relative L1 error.
 
     Args:
         missing: relevancy that the left-out rows would have added themselves, as a share of the row (first order).
         dropped: share of the gradient norm that was left out, mean over layers.
+        factors: what each of the two counts, calibrated.
     """
-    return MISSING_FACTOR * missing + DROPPED_FACTOR * dropped
+    return factors[0] * missing + factors[1] * dropped

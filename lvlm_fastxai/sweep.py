@@ -226,6 +226,7 @@ class Sweep:
         each: Each | None = None,
         row_tolerance: float = 0.0,
         relevancy: Callable[[], Tensor] | None = None,
+        own: Tensor | None = None,
         along: Callable[[], Tensor] | None = None,
     ) -> Iterator[LayerStep]:
         """Walk down from the top layer.
@@ -239,6 +240,7 @@ class Sweep:
             row_tolerance: ε; one of ``tolerances``.
             relevancy: gives the running rows (B, N, S), or (B, 1, S) with ``collect``, as they are above the next
                 layer, for the choice of its rows.
+            own: (B, N, S) identity rows, for a method that normalises the rows of its layers: see `select_rows`.
             along: gives the rows (B, N, S) whose product a backward may give along the way; not with ``collect``.
         """
         top = len(self._layers) - 1
@@ -264,7 +266,7 @@ class Sweep:
 
             incoming = [part.pop(index, None) for part in gradients]
             running = None if relevancy is None else relevancy()
-            selection = self._select(incoming, row_tolerance, running, shared=collect is not None)
+            selection = self._select(incoming, row_tolerance, running, own, shared=collect is not None)
             weights = None if along is None else along()
             if selection is None:
                 step = self._whole(index, incoming, hand_on, keep, collect, each, weights)
@@ -416,6 +418,7 @@ class Sweep:
         incoming: list[Tensor | None],
         tolerance: float,
         running: Tensor | None,
+        own: Tensor | None,
         *,
         shared: bool,
     ) -> Selection | None:
@@ -429,7 +432,7 @@ class Sweep:
             else torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
             for gradient in incoming
         ]
-        selection = select_rows(torch.stack(norms, dim=1), tolerance, relevancy=running, shared=shared)
+        selection = select_rows(torch.stack(norms, dim=1), tolerance, relevancy=running, own=own, shared=shared)
         selection = Selection(*map(self.ranks.agree, (selection.rows, selection.counts, selection.norms)))
         return selection if selection.rows.shape[-1] <= WHOLE_LAYER_SHARE * self._columns else None
 

@@ -169,7 +169,7 @@ def with_another_opinion(model_class: Any, folder: Path, inputs: dict[str, Any])
         if distributed.get_rank() == 1:
             choose = sweep.select_rows
             patch.setattr(sweep, "select_rows", lambda norms, tolerance, **more: choose(norms, tolerance / 2, **more))
-            patch.setattr(pruning, "estimated_error", lambda missing, dropped: torch.ones_like(missing))
+            patch.setattr(pruning, "estimated_error", lambda missing, *more: torch.ones_like(missing))
         pruned = explain(model, inputs, "chefer", "lean", 0.2)
         return pruned, explain(model.to(torch.bfloat16), inputs, "chefer", "lean", "auto")
 

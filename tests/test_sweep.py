@@ -243,7 +243,7 @@ def test_bad_targets(llava: tuple[nn.Module, dict[str, Any]], targets: Any, mess
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"method": "magic"}, ArgumentError, "chefer, lvlm_interpret, raw_attention"),
+        ({"method": "magic"}, ArgumentError, "chefer, lvlm_interpret, glimpse, raw_attention"),
         ({"memory": "none"}, ArgumentError, "fast, lean, min"),
         ({"row_tolerance": 1.0}, ArgumentError, "row_tolerance"),
         ({"row_tolerance": -0.1}, ArgumentError, "row_tolerance"),

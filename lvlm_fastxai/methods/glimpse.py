@@ -33,6 +33,10 @@ TRUNCATION = 1e-6
 # λ_d was tuned on a backbone with this many layers; "scaled" keeps the prior's shape over all layers.
 TUNED_LAYERS = 64
 
+# Of a pruned sweep's error: what the relevancy of left-out rows and the share of the gradient's norm that was left out
+# count; calibrated by `python -m benchmarks glimpse-pruned`.
+ESTIMATE = (1.7, 0.13)
+
 PROPAGATIONS = {"literal": 0.5, "identity": 1.0}  # how much of α_l a layer adds
 STATS_DOMAINS = ("full", "causal")
 ROUTES = ("one_sweep", "two_sweeps")
@@ -155,16 +159,14 @@ class Glimpse(Method):
             for _ in self._layers(sweep, first, scalars, tolerance, keep=True):
                 pass
             rows = _Rows(options, layers, start, 0, first)
-        ledger, before = Ledger(), start
+        ledger = Ledger(ESTIMATE)
         for step in self._layers(sweep, rows, scalars, tolerance, keep=keep):
-            after = rows.row()
-            before = before.to(after.device)
-            ledger.enter(step.selection, before, after - before)
-            before = after
+            ledger.count(step.selection, start)
             self.advanced(len(scalars), layers - options.lowest(layers))
+        ledger.miss(rows.missing())
         if self.compared is not None:
             self.targets.scatter(rows.chefer, slots, self.compared)
-        return before, ledger
+        return rows.row(), ledger
 
     def _layers(
         self, sweep: Sweep, rows: _Rows, scalars: Sequence[Tensor], tolerance: float, *, keep: bool
@@ -178,7 +180,13 @@ class Glimpse(Method):
 
         along = None if self.compared is None else lambda: rows.chefer
         for step in sweep.descend(
-            scalars, keep=keep, each=each, row_tolerance=tolerance, relevancy=rows.row, along=along
+            scalars,
+            keep=keep,
+            each=each,
+            row_tolerance=tolerance,
+            relevancy=rows.row,
+            own=rows.start,
+            along=along,
         ):
             yield step
             if step.index == self.options.lowest(len(sweep)):
@@ -202,22 +210,32 @@ class _Rows:
         self._factor = PROPAGATIONS[options.propagation]
         self._coefficients = torch.stack([start, *[torch.zeros_like(start)] * terms], dim=2)  # (B, n, K+1, S)
         self._reached = [0] * start.shape[1]  # highest power of each slot so far
-        # Z so far, in units of the largest γ·s so far: powers of γ itself would overflow.
-        self._unit, self._total = (torch.zeros(start.shape[:2], dtype=start.dtype, device=start.device) for _ in "uz")
+        # Z so far, in units of the largest γ·s so far: powers of γ itself would overflow; and the relevancy of the rows
+        # that were left out, times γ·s of the layer that left them out.
+        self._unit, self._total, self._left_out = (
+            torch.zeros(start.shape[:2], dtype=start.dtype, device=start.device) for _ in range(3)
+        )
         self._whole = whole
+        self.start = start
         self.chefer = start.clone()
 
-    def row(self) -> Tensor:
+    def row(self, part: slice = slice(None)) -> Tensor:
         """(B, n, S): the rows, were the layer reached so far the lowest."""
-        inverse = torch.where(self._total > 0, 1 / self._total, 0)
-        powers = inverse[..., None] ** torch.arange(self._coefficients.shape[2], device=inverse.device)
-        return (powers[..., None] * self._coefficients).sum(2)
+        coefficients, total = self._coefficients[:, part], self._total[:, part]
+        inverse = torch.where(total > 0, 1 / total, 0)
+        powers = inverse[..., None] ** torch.arange(coefficients.shape[2], device=inverse.device)
+        return (powers[..., None] * coefficients).sum(2)
+
+    def missing(self) -> Tensor:
+        """(B, n): what the rows that were left out would have added: rows of E sum to one."""
+        inverse = 1 if self._whole is not None else torch.where(self._total > 0, 1 / self._total, 0)
+        return self._factor * self._left_out * inverse
 
     def advance(self, step: LayerStep, part: slice) -> None:
         """One layer further down, for the slots in ``part``."""
         device = step.query.device
-        self._coefficients, self._unit, self._total = (
-            tensor.to(device) for tensor in (self._coefficients, self._unit, self._total)
+        self._coefficients, self._unit, self._total, self._left_out = (
+            tensor.to(device) for tensor in (self._coefficients, self._unit, self._total, self._left_out)
         )
         batch, terms = self._coefficients.shape[0], self._coefficients.shape[2] - 1
         row_sums, gradient_sums, norm = ops.glimpse_statistics(
@@ -228,9 +246,13 @@ class _Rows:
             key_ranges=step.key_ranges,
         )
         gain = norm.view(batch, -1) * self._priors[step.index]  # γ·s
+        unseen = torch.zeros_like(gain)
+        if step.selection is not None:
+            unseen = (self.row(part) * (step.selection.left_out().to(device) > 0)).sum(-1)
         if self._whole is not None:
             unit, total = self._whole._unit[:, part].to(device), self._whole._total[:, part].to(device)
             share = torch.where(total > 0, gain / unit / total, 0)  # α
+            self._left_out[:, part] += share * unseen
             rows = self._coefficients[:, part]
             added = self._product(step, rows, row_sums, gradient_sums)
             self._coefficients[:, part] = rows + self._factor * share[..., None, None] * added
@@ -239,6 +261,7 @@ class _Rows:
         shrunk = torch.where(unit > 0, self._unit[:, part] / unit, 1)
         relative = torch.where(unit > 0, gain / unit, 0)
         self._total[:, part] = self._total[:, part] * shrunk + relative
+        self._left_out[:, part] = self._left_out[:, part] * shrunk + relative * unseen
         self._unit[:, part] = unit
         if terms == 0:
             return
