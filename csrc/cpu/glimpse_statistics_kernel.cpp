@@ -100,6 +100,12 @@ void set_ranges(const GlimpseStatistics& problem, const StatisticsTask& task, in
   }
 }
 
+// Into the second-level cache; rows of a model's tensors lie so far apart that they would share a set of the first.
+template <typename T>
+void prefetch_row(const T* row, int64_t width) {
+  for (int64_t k = 0; k < width; k += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + k, 0, 2);
+}
+
 template <typename T>
 void gather(const GlimpseStatistics& problem, const StatisticsTask& task, int64_t head, int64_t top, bool scored,
             Rows& rows) {
@@ -118,6 +124,11 @@ void gather(const GlimpseStatistics& problem, const StatisticsTask& task, int64_
       continue;
     }
     const int64_t i = task.rows.index[top + r];
+    if (top + r + kTileRows < task.rows.count) {
+      const int64_t later = task.rows.index[top + r + kTileRows];
+      prefetch_row(grad_output + later * problem.grad_stride[3], width);
+      if (scored) prefetch_row(query + later * problem.query_stride[2], width);
+    }
     copy_row(grad_output + i * problem.grad_stride[3], width, rows.grad_output + r * width);
     if (!scored) continue;
     copy_row(query + i * problem.query_stride[2], width, rows.query + r * width);
@@ -144,13 +155,17 @@ void gradient_tile(const GlimpseStatistics& problem, Block& block, int64_t group
   multiply_tile<kVectors>({block.rows.grad_output, problem.width, 1}, block.values + offset * problem.width, kPanel,
                           problem.width, [&](int r, int v, Floats gradient) {
                             const Ints key = first_lane + v * kLanes;
+                            Floats raised = rectified(gradient);
                             if (kScored) {
-                              Floats share = rectified(block.probability[r][v] * gradient);
+                              Floats share = block.probability[r][v] * raised;
                               if (kBoundary) share = seen.hold(r, key) ? share : Floats{};
                               block.rows.sum[r] += share;
                             }
-                            if (kBoundary) gradient = summed.hold(r, key) ? gradient : Floats{};
-                            sum[v] += rectified(gradient);
+                            if (kBoundary) {
+                              gradient = summed.hold(r, key) ? gradient : Floats{};
+                              raised = summed.hold(r, key) ? raised : Floats{};
+                            }
+                            sum[v] += raised;
                             *reinterpret_cast<Floats*>(total + r * kKeyBlock + v * kLanes) += gradient;
                           });
   for (int v = 0; v < kVectors; ++v) positive += sum[v];
