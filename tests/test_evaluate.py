@@ -18,20 +18,25 @@ from transformers import LlavaForConditionalGeneration
 
 from lvlm_fastxai import evaluate as command
 from lvlm_fastxai import families
+from lvlm_fastxai.aggregation import aggregate
 from lvlm_fastxai.errors import ArgumentError, FastXAIError
 from lvlm_fastxai.evaluate import curves, evaluation, maps, output, plot
 from lvlm_fastxai.evaluate.answering import Answerer
 from lvlm_fastxai.evaluate.bootstrap import ClusterBootstrap
-from lvlm_fastxai.evaluate.cases import Case, held_out_cases
+from lvlm_fastxai.evaluate.cases import Case, held_out_cases, held_out_descriptions
 from lvlm_fastxai.evaluate.metrics import (
     area_under_curve,
     average_precision,
     cell_coverage,
     evidence_cells,
+    l1_distance,
     mass_in_mask,
+    normalized_scanpath_saliency,
     pointing_game,
 )
 from lvlm_fastxai.evaluate.scores import ScoreTable, map_scores
+from lvlm_fastxai.explainer import Explainer
+from lvlm_fastxai.methods import GlimpseOptions
 from lvlm_fastxai.relevancy import explain_rows
 from lvlm_fastxai.tiny import scenes
 from lvlm_fastxai.tiny.model import build_model, build_processor, chat, save_checkpoint
@@ -161,7 +166,30 @@ def test_average_precision_of_random_rankings_meets_its_expectation() -> None:
     assert measured == pytest.approx(expected, abs=0.003)
 
 
-@pytest.mark.parametrize("metric", [pointing_game, average_precision, mass_in_mask])
+def test_scanpath_saliency_by_hand() -> None:
+    relevancy = np.array([[3.0, 1.0], [1.0, 1.0]])  # mean 1.5, deviation √0.75
+    assert normalized_scanpath_saliency(relevancy, np.array([[True, False], [False, False]])) == pytest.approx(3**0.5)
+    assert normalized_scanpath_saliency(relevancy, np.array([[0.25, 0.75], [0.0, 0.0]])) == pytest.approx(0.0)
+    assert normalized_scanpath_saliency(np.full((2, 2), 0.1), np.array([[1.0, 0], [0, 0]])) == 0
+
+
+def test_scanpath_saliency_is_the_mean_over_the_pixels_of_the_mask() -> None:
+    rng = np.random.default_rng(11)
+    relevancy, mask = rng.random((6, 6)), rng.random((48, 48)) < 0.2
+    enlarged = relevancy.repeat(8, 0).repeat(8, 1)
+    expected = ((enlarged - enlarged.mean()) / enlarged.std())[mask].mean()
+    assert normalized_scanpath_saliency(relevancy, cell_coverage(mask, (6, 6))) == pytest.approx(expected)
+    assert normalized_scanpath_saliency(7 * relevancy + 2, cell_coverage(mask, (6, 6))) == pytest.approx(expected)
+
+
+def test_l1_distance() -> None:
+    relevancy = np.array([[3.0, 1.0], [0.0, 0.0]])
+    assert l1_distance(relevancy, 5 * relevancy) == pytest.approx(0)
+    assert l1_distance(relevancy, relevancy[::-1]) == pytest.approx(2)
+    assert l1_distance(relevancy, np.zeros((2, 2))) == pytest.approx(0.5 + 0 + 0.25 + 0.25)
+
+
+@pytest.mark.parametrize("metric", [pointing_game, average_precision, mass_in_mask, normalized_scanpath_saliency])
 def test_metrics_refuse_bad_maps(metric: Any) -> None:
     evidence = np.array([[True, False]])
     with pytest.raises(ArgumentError, match="one shape"):
@@ -201,6 +229,7 @@ def test_perfect_map_scores_one_and_noise_scores_chance() -> None:
         assert abs(np.nanmean(excess)) < 0.03
         interval = ClusterBootstrap(scene).mean(excess)
         assert interval.low - 0.01 < 0 < interval.high + 0.01
+    assert abs(np.mean([row["nss"] for row in noise])) < 0.05 and min(row["nss"] for row in perfect) > 1
     # Without another object in the picture there is nothing to prefer.
     for case, row in zip(some, noise, strict=True):
         assert math.isnan(row["selectivity"]) == (not case.has_distractors)
@@ -267,12 +296,16 @@ def test_summary_pairs_methods_and_skips_empty_groups() -> None:
     summary = table.summary(np.arange(60) < 40, resamples=200, seed=0)
     assert list(summary) == ["overall", "color"]
     assert (summary["overall"]["maps"], summary["color"]["maps"]) == (40, 20)
-    assert summary["overall"]["chance"] == pytest.approx({"pointing": 0.1, "average_precision": 0.1})
+    expected = {"pointing": 0.1, "average_precision": 0.1, "mass_ratio": 1.0, "nss": 0.0}
+    assert summary["overall"]["chance"] == pytest.approx(expected)
     random = summary["overall"]["methods"]["random"]["pointing"]
     # The scores vary by tens, their difference not at all.
     assert random["high"] - random["low"] > 2
     assert [random["difference"][part] for part in ("mean", "low", "high")] == pytest.approx([-1, -1, -1])
     assert "difference" not in summary["overall"]["methods"]["chefer"]["pointing"]
+    turned = table.summary(np.arange(60) < 40, reference="random", resamples=200, seed=0)["overall"]["methods"]
+    assert turned["chefer"]["pointing"]["difference"]["mean"] == pytest.approx(1)
+    assert "difference" not in turned["random"]["pointing"]
 
 
 # Questions
@@ -288,6 +321,15 @@ def test_cases_are_held_out_and_reproducible(cases: list[Case]) -> None:
     assert len({c.question.kind for c in cases}) >= 8
     absent = [c for c in held_out_cases(20, 0) if not c.has_evidence]
     assert absent and all(c.question.answer in ("no", "0") for c in absent)
+
+
+def test_descriptions_are_those_of_the_same_scenes() -> None:
+    every = held_out_cases(6, 2)
+    found = held_out_descriptions(6, 2)
+    assert [(c.scene.seed, c.question.text, c.question.answer) for c in found] == [
+        (c.scene.seed, c.question.text, c.question.answer) for c in every if c.question.kind == "description"
+    ]
+    assert found and all(len(c.question.word_masks or ()) == len(c.question.answer.split()) for c in found)
 
 
 @pytest.mark.parametrize(("count", "seed"), [(0, 0), (1_000_001, 0), (1, -1), (1, 1000)])
@@ -331,10 +373,22 @@ def test_words_of_tokens(answerer: Answerer) -> None:
     assert answerer.word_of_token(tokens) == [0, 1, 2, 3, 4, 5, 6]
 
 
+def test_columns_of_question_and_picture(answerer: Answerer, cases: list[Case]) -> None:
+    questions = [case.question.text for case in cases]
+    prompts = answerer.encode([case.scene.image for case in cases], questions)
+    assert not prompts["attention_mask"].bool().all()
+    marker = answerer.model.config.image_token_index
+    for sample, question in enumerate(questions):
+        tokens = prompts["input_ids"][sample]
+        spelled = answerer.processor.tokenizer.decode(tokens[answerer.question_columns(prompts, sample, question)])
+        assert spelled.replace(" ", "") == question.replace(" ", "")
+        assert answerer.image_columns(prompts, sample) == (tokens == marker).nonzero()[:, 0].tolist()
+
+
 def test_maps_equal_single_explanations(answerer: Answerer, cases: list[Case]) -> None:
     some = [case for case in cases if case.has_evidence][:5]
     answers = [[20, 21], [22], [23, 24], [25], [26]]
-    methods = ("chefer", "lvlm_interpret", "raw_attention")
+    methods = ("chefer", "lvlm_interpret", "glimpse", "raw_attention")
     found, boxes = maps.compute_maps(answerer, some, answers, methods, seed=0, batch=3)
     assert boxes == [WHOLE] * 5
     for index, (case, answer) in enumerate(zip(some, answers, strict=True)):
@@ -350,8 +404,64 @@ def test_maps_equal_single_explanations(answerer: Answerer, cases: list[Case]) -
         for method in methods:
             rows = explain_rows(answerer.model, joined, targets, method=method, prompt_length=start).rows
             expected = np.stack([layout.read(row).numpy() for row in rows])
-            assert found[method][index].shape == (len(answer), 12, 12)
-            np.testing.assert_allclose(found[method][index], expected, rtol=2e-3, atol=2e-4 * expected.max())
+            tokens = found[index][method].tokens
+            assert tokens.shape == (len(answer), 12, 12)
+            np.testing.assert_allclose(tokens, expected, rtol=2e-3, atol=2e-4 * expected.max())
+            if method != "glimpse":
+                np.testing.assert_allclose(found[index][method].answer, tokens.mean(0))
+
+
+def test_map_of_an_answer_is_what_the_explainer_shows(answerer: Answerer, cases: list[Case]) -> None:
+    case = max(cases, key=lambda case: len(case.question.text))
+    short = min(cases, key=lambda case: len(case.question.text))
+    explanation = Explainer(answerer.model, answerer.processor, method="glimpse")(
+        case.scene.image, case.question.text, max_new_tokens=2
+    )
+    tokens = [token.token_id for token in explanation.tokens]
+    assert len(tokens) == 2  # neither is special: `compute_maps` reads answers without such tokens
+    # A second question of another length, so that there is padding.
+    found, _ = maps.compute_maps(answerer, [short, case], [tokens, tokens], ["glimpse"], seed=0)
+    weights = [token.weight.image_weight for token in explanation.tokens if token.weight]
+    np.testing.assert_allclose(found[1]["glimpse"].weights, weights, rtol=2e-3)
+    assert len(weights) > 1 and np.ptp(weights) > 1e-3
+    np.testing.assert_allclose(found[1]["glimpse"].answer, explanation.image_maps[0], rtol=2e-3)
+
+
+def test_every_variant_is_what_its_name_says(answerer: Answerer, cases: list[Case]) -> None:
+    (case, *_), answer = cases, [20, 21, 22]
+    (found,), _ = maps.compute_maps(answerer, [case], [answer], list(maps.VARIANTS), seed=0)
+    inputs = alone(answerer, case)
+    start = inputs["input_ids"].shape[1]
+    joined = answerer.join(inputs, [answer])
+    targets = [(0, start - 1 + place, token) for place, token in enumerate(answer)]
+    (layout,) = families.image_layouts(answerer.model.config, inputs)
+    image = answerer.image_columns(inputs, 0)
+    question = answerer.question_columns(inputs, 0, case.question.text)
+    expected = {
+        "glimpse": ("glimpse", "glimpse", GlimpseOptions()),
+        "glimpse weighting=confidence": ("glimpse", "confidence", GlimpseOptions()),
+        "glimpse weighting=prompt": ("glimpse", "prompt", GlimpseOptions()),
+        "glimpse weighting=uniform": ("glimpse", "uniform", GlimpseOptions()),
+        "glimpse depth_rate=0": ("glimpse", "glimpse", GlimpseOptions(depth_rate=0.0)),
+        "glimpse depth_rate=scaled": ("glimpse", "glimpse", GlimpseOptions(depth_rate="scaled")),
+        "glimpse layers=top:0.6": ("glimpse", "glimpse", GlimpseOptions(layers="top:0.6")),
+        "glimpse propagation=identity": ("glimpse", "glimpse", GlimpseOptions(propagation="identity")),
+        "glimpse stats_domain=causal": ("glimpse", "glimpse", GlimpseOptions(stats_domain="causal")),
+        "chefer weighting=glimpse": ("chefer", "glimpse", None),
+    }
+    assert set(expected) == {"glimpse", *maps.ABLATIONS}
+    seen: list[np.ndarray] = []
+    for name, (method, weighting, options) in expected.items():
+        result = explain_rows(answerer.model, joined, targets, method=method, options=options)
+        rows = [row for _, row, _ in targets]
+        whole = aggregate(
+            result.rows, result.probabilities, image, question, weighting=weighting, query_rows=rows
+        ).image_map
+        row = torch.zeros(start)
+        row[image] = whole
+        np.testing.assert_allclose(found[name].answer, layout.read(row).numpy(), rtol=1e-4, err_msg=name)
+        assert all(not np.allclose(found[name].answer, other, rtol=1e-4) for other in seen), name
+        seen.append(found[name].answer)
 
 
 def test_gradient_input_equals_plain_autograd(answerer: Answerer, cases: list[Case]) -> None:
@@ -470,7 +580,7 @@ def test_command_writes_everything(checkpoint: Path, tmp_path: Path, capsys: pyt
     document.write_text(f"Before.\n{output.BEGIN}\nold figures\n{output.END}\nAfter.\n")
     out = tmp_path / "out"
     arguments = ["--model", str(checkpoint), "--scenes", "2", "--curves", "6", "--seed", "5", "--out", str(out)]
-    assert command.run(parse(*arguments, "--document", str(document), "--json")) == 0
+    assert command.run(parse(*arguments, "--descriptions", "3", "--document", str(document), "--json")) == 0
     printed = capsys.readouterr()
     result = json.loads(printed.out)
     assert result == json.loads((out / "evaluation.json").read_text())
@@ -478,42 +588,66 @@ def test_command_writes_everything(checkpoint: Path, tmp_path: Path, capsys: pyt
 
     asked = held_out_cases(2, 5)
     scored = [case for case in asked if case.has_evidence]
-    assert result["skipped"] == {"no evidence": len(asked) - len(scored), "empty answer": 0}
-    assert result["accuracy"]["overall"] == {"correct": len(asked), "questions": len(asked)}
-    overall = result["summary"]["correct"]["overall"]
+    questions = result["questions"]
+    assert questions["skipped"] == {"no evidence": len(asked) - len(scored), "empty answer": 0}
+    assert questions["accuracy"]["overall"] == {"correct": len(asked), "questions": len(asked)}
+    overall = questions["summary"]["correct"]["overall"]
     assert overall["maps"] == len(scored) and overall["scenes"] == 2
     assert list(overall["methods"]) == list(command.METHODS)
-    for name, entry in overall["methods"].items():
-        for metric in ("pointing", "mass", "mass_ratio", "average_precision", "deletion", "insertion"):
-            assert entry[metric]["low"] <= entry[metric]["mean"] <= entry[metric]["high"]
-            assert ("difference" in entry[metric]) == (name != "chefer")
-        assert entry["deletion"]["maps"] == 6
-    descriptions = [case for case in scored if case.question.word_masks]
-    words = sum(len(case.question.answer.split()) for case in descriptions)
-    assert (result["summary"]["words"]["overall"]["maps"] if words else 0) == words
-    assert len(result["curves"]["chefer"]["deletion"]["mean"]) == len(result["fractions"])
-    # All methods start at the whole picture and end at the blank one.
-    assert len({curve["deletion"]["mean"][0] for curve in result["curves"].values()}) == 1
-    assert len({curve["insertion"]["mean"][0] for curve in result["curves"].values()}) == 1
+    check_summary(overall, "chefer", curves=6)
+
+    described = held_out_descriptions(3, 5)
+    answers = result["whole_answers"]["summary"]["correct"]["overall"]
+    assert answers["maps"] == len(described) > 1
+    assert list(answers["methods"]) == [*command.METHODS, *maps.ABLATIONS]
+    check_summary(answers, "glimpse", curves=len(described))
+    distances = {name: entry["distance"]["mean"] for name, entry in answers["methods"].items()}
+    assert distances["glimpse"] == 0 and all(value > 0 for name, value in distances.items() if name != "glimpse")
+    assert "difference" not in answers["methods"]["chefer"]["distance"]
+    words = result["words"]["overall"]
+    assert words["maps"] == sum(len(case.question.answer.split()) for case in described)
+    # An answer's weights sum to one, whatever the weighting.
+    for entry in words["methods"].values():
+        assert entry["weight"]["mean"] * words["maps"] == pytest.approx(len(described), rel=1e-5)
+
+    for part in (questions, result["whole_answers"]):
+        assert len(part["curves"]["chefer"]["deletion"]["mean"]) == len(result["fractions"])
+        # All methods start at the whole picture and end at the blank one.
+        assert len({curve["deletion"]["mean"][0] for curve in part["curves"].values()}) == 1
+        assert len({curve["insertion"]["mean"][0] for curve in part["curves"].values()}) == 1
 
     with (out / "evaluation.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(scored) * len(command.METHODS)
-    mean = np.mean([float(row["pointing"]) for row in rows if row["method"] == "chefer"])
+    of_questions = [row for row in rows if row["part"] == "questions"]
+    assert len(of_questions) == len(scored) * len(command.METHODS)
+    assert len(rows) - len(of_questions) == len(described) * (len(command.METHODS) + len(maps.ABLATIONS))
+    mean = np.mean([float(row["pointing"]) for row in of_questions if row["method"] == "chefer"])
     assert mean == pytest.approx(overall["methods"]["chefer"]["pointing"]["mean"], abs=1e-5)
-    assert sum(row["deletion"] != "" for row in rows) == 6 * len(command.METHODS)
+    assert sum(row["deletion"] != "" for row in of_questions) == 6 * len(command.METHODS)
 
     text = document.read_text()
     assert text.startswith("Before.\n") and text.endswith("\nAfter.\n") and "old figures" not in text
-    assert "| chefer |" in text and "--scenes 2" in text and str(tmp_path) not in text
-    with Image.open(out / "evaluation.png") as picture:
-        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
-    assert document.with_suffix(".png").is_file()
+    assert "| chefer |" in text and "--scenes 2" in text and "--descriptions 3" in text and str(tmp_path) not in text
+    assert "Difference to glimpse" in text and "| glimpse layers=top:0.6 |" in text
+    for name in ("evaluation.png", "evaluation-answers.png"):
+        with Image.open(out / name) as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
+        assert (tmp_path / name).is_file()
+
+
+def check_summary(group: dict[str, Any], reference: str, *, curves: int) -> None:
+    for name, entry in group["methods"].items():
+        for metric in ("pointing", "mass", "mass_ratio", "average_precision", "nss", "deletion", "insertion"):
+            assert entry[metric]["low"] <= entry[metric]["mean"] <= entry[metric]["high"]
+            assert ("difference" in entry[metric]) == (name != reference)
+        assert entry["deletion"]["maps"] == curves
 
 
 @pytest.mark.usefixtures("_knows_the_answers")
 def test_same_seed_same_figures_and_tables(answerer: Answerer) -> None:
-    settings = evaluation.Settings(scenes=1, seed=9, methods=("chefer", "random"), curves=1, resamples=100)
+    settings = evaluation.Settings(
+        scenes=1, seed=9, methods=("chefer", "random"), curves=1, descriptions=0, resamples=100
+    )
     before = {name: value.clone() for name, value in answerer.model.state_dict().items()}
     first, second = (evaluation.evaluate(answerer.model, answerer.processor, settings).to_dict() for _ in range(2))
     first.pop("seconds"), second.pop("seconds")
@@ -522,8 +656,9 @@ def test_same_seed_same_figures_and_tables(answerer: Answerer) -> None:
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(parameter.requires_grad for parameter in answerer.model.parameters())
     shown = "\n".join(table.text() for table in output.tables(first))
-    chefer = first["summary"]["correct"]["overall"]["methods"]["chefer"]["average_precision"]["mean"]
+    chefer = first["questions"]["summary"]["correct"]["overall"]["methods"]["chefer"]["average_precision"]["mean"]
     assert f"{chefer:.3f}" in shown and "Difference to chefer" in shown
+    assert first["whole_answers"] is None and "Whole answers" not in shown
 
 
 def test_wrong_answers_are_scored_apart(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -535,8 +670,8 @@ def test_wrong_answers_are_scored_apart(answerer: Answerer, monkeypatch: pytest.
         return answers
 
     monkeypatch.setattr(evaluation, "answer_cases", babble)
-    settings = evaluation.Settings(scenes=1, seed=9, methods=("raw_attention",), curves=0, resamples=10)
-    found = evaluation.evaluate(answerer.model, answerer.processor, settings)
+    settings = evaluation.Settings(1, 9, methods=("raw_attention",), curves=0, descriptions=0, resamples=10)
+    found = evaluation.evaluate(answerer.model, answerer.processor, settings).questions
     asked = held_out_cases(1, 9)
     assert found.skipped["empty answer"] == 1
     assert found.accuracy["overall"] == {"correct": len(asked) - 2, "questions": len(asked)}
@@ -564,7 +699,7 @@ def test_without_matplotlib_the_tables_still_come(
 ) -> None:
     monkeypatch.setattr(evaluation, "answer_cases", right_answers)
     monkeypatch.setattr(plot, "available", lambda: False)
-    arguments = ["--scenes", "1", "--methods", "random", "--curves", "0", "--out", str(tmp_path)]
+    arguments = ["--scenes", "1", "--methods", "random", "--curves", "0", "--descriptions", "0", "--out", str(tmp_path)]
     assert command.run(parse("--model", str(checkpoint), *arguments)) == 0
     printed = capsys.readouterr()
     assert "matplotlib is not installed" in printed.err
@@ -579,6 +714,7 @@ def test_without_matplotlib_the_tables_still_come(
         (("--methods", ","), "methods: "),
         (("--fill", "black"), "fill: "),
         (("--curves", "-1"), "curves: "),
+        (("--descriptions", "-1"), "descriptions: "),
         (("--scenes", "0"), "scenes: "),
         (("--seed", "-1"), "seed: "),
         (("--model", "nowhere"), "model: .*nowhere"),

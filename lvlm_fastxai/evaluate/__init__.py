@@ -28,8 +28,8 @@ def __getattr__(name: str) -> Any:
 
 
 # Written out, since the modules that know them load torch.
-METHODS = ("chefer", "lvlm_interpret", "raw_attention", "gradient_input", "chefer_untrained", "random")
-SCENES, CURVES = 100, 60
+METHODS = ("chefer", "lvlm_interpret", "glimpse", "raw_attention", "gradient_input", "chefer_untrained", "random")
+SCENES, CURVES, DESCRIPTIONS = 100, 60, 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scenes", type=int, default=SCENES, metavar="N", help="held-out scenes (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="picks the scenes (default: %(default)s)")
     add("--methods", default=",".join(METHODS), metavar="A,B", help=f"some of {', '.join(METHODS)} (default: all)")
-    curves_help = "questions that get deletion and insertion curves (default: %(default)s)"
+    curves_help = "questions, and descriptions, that get deletion and insertion curves (default: %(default)s)"
     add("--curves", type=int, default=CURVES, metavar="N", help=curves_help)
+    descriptions_help = "held-out scenes to describe, for the maps of whole answers (default: %(default)s)"
+    add("--descriptions", type=int, default=DESCRIPTIONS, metavar="N", help=descriptions_help)
     add("--fill", default="mean", help="what replaces a cell there: mean (colour of the picture, default) or blur")
     add("--out", type=Path, default=Path("out/evaluation"), metavar="DIR", help="output folder (default: %(default)s)")
     add("--document", type=Path, metavar="FILE", help="also rewrite the figures in a Markdown file, and its plot")
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate, print the tables and write evaluation.json, evaluation.csv and, with matplotlib, evaluation.png.
+    """Evaluate, print the tables and write evaluation.json, evaluation.csv and, with matplotlib, the two plots.
 
     Args:
         args: as parsed by `add_arguments`.
@@ -67,14 +69,14 @@ def run(args: argparse.Namespace) -> int:
     from .evaluation import Settings, evaluate
 
     methods = tuple(name.strip() for name in args.methods.split(",") if name.strip())
-    settings = Settings(args.scenes, args.seed, methods, args.curves, args.fill)
+    settings = Settings(args.scenes, args.seed, methods, args.curves, args.fill, args.descriptions)
     folder = prepare_directory(args.out)
     if args.document is not None:
         output.check_document(args.document)  # before minutes of work, not after
     model, processor, source = load_checkpoint(args.model)
     say(
         f"{settings.scenes} held-out scenes, up to ten questions each; maps by {', '.join(settings.methods)}; "
-        f"deletion and insertion for {settings.curves} of the questions that are answered right"
+        f"descriptions of {settings.descriptions}; deletion and insertion for {settings.curves} right answers of each"
     )
     with _Bar() as bar:
         evaluation = evaluate(model, processor, settings, progress=bar)
@@ -98,8 +100,7 @@ def run(args: argparse.Namespace) -> int:
     output.write_csv(folder / "evaluation.csv", evaluation)
     written = ["evaluation.json", "evaluation.csv"]
     if plot.available():
-        plot.draw(result, folder / "evaluation.png")
-        written.append("evaluation.png")
+        written += plot.draw(result, folder / "evaluation.png")
         if args.document is not None:
             plot.draw(result, args.document.with_suffix(".png"))
     else:
@@ -126,6 +127,7 @@ def command(settings: Settings, model: Path | None) -> str:
     options = [
         *(("--model", model.name) if model is not None else ()),
         *("--scenes", settings.scenes, "--seed", settings.seed, "--curves", settings.curves),
+        *("--descriptions", settings.descriptions),
         *(("--methods", ",".join(settings.methods)) if settings.methods != METHODS else ()),
         *(("--fill", settings.fill) if settings.fill != "mean" else ()),
     ]
@@ -150,7 +152,7 @@ class _Bar:
         if stage != self._stage:
             self._close()
             if not sys.stderr.isatty():
-                say(f"{stage}: {total} questions")
+                say(f"{stage}: {total}")
             self._stage = stage
             self._bar = tqdm(total=total, desc=stage, unit="question", file=sys.stderr, disable=None)
         self._bar.update(done - self._bar.n)

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .. import families
 from ..errors import ArgumentError
-from ..explainer import ANSWER_FILL, SUFFIX_TYPE_FAMILIES
+from ..explainer import ANSWER_FILL, SUFFIX_TYPE_FAMILIES, _find_question
 
 Inputs = dict[str, Any]
 
@@ -101,6 +102,19 @@ class Answerer:
                     fill = 1
                 joined[name] = torch.cat([value, torch.full_like(tail, fill, dtype=value.dtype)], 1)
         return joined
+
+    def question_columns(self, prompts: Inputs, sample: int, question: str) -> list[int]:
+        """Columns of a prompt that spell the question, as `Explainer` finds them."""
+        tokens = prompts["input_ids"][sample].tolist()
+        columns = families.prompt_columns(self.model.config, prompts, sample, len(tokens)).tolist()
+        inside = _find_question([self.processor.tokenizer.decode([tokens[column]]) for column in columns], question)
+        return [column for place, column in enumerate(columns) if place in inside]
+
+    def image_columns(self, prompts: Inputs, sample: int) -> list[int]:
+        """Columns of a prompt that hold neither text nor padding."""
+        length = prompts["input_ids"].shape[1]
+        text = set(families.prompt_columns(self.model.config, prompts, sample, length).tolist())
+        return [column for column in prompts["attention_mask"][sample].nonzero()[:, 0].tolist() if column not in text]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of an answer."""

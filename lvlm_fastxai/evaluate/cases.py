@@ -66,3 +66,8 @@ def held_out_cases(num_scenes: int, seed: int) -> list[Case]:
         questions = scenes.generate_questions(scene, np.random.default_rng([scene_seed, 1]))
         cases += [Case(scene, question) for question in questions]
     return cases
+
+
+def held_out_descriptions(num_scenes: int, seed: int) -> list[Case]:
+    """The descriptions among `held_out_cases`: answers of several words, each with a mask of its own."""
+    return [case for case in held_out_cases(num_scenes, seed) if case.question.word_masks is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 
 from ..errors import ArgumentError, FastXAIError
 from ..tiny import scenes
-from . import CURVES, METHODS, SCENES
+from . import CURVES, DESCRIPTIONS, METHODS, SCENES
 from .answering import Answerer, batched
 from .bootstrap import ClusterBootstrap
-from .cases import Case, held_out_cases
+from .cases import Case, held_out_cases, held_out_descriptions
 from .curves import FILLS, FRACTIONS, Curves, deletion_insertion
-from .maps import compute_maps
+from .maps import ABLATIONS, AnswerMaps, compute_maps
+from .metrics import l1_distance
 from .scores import ScoreTable, map_scores
 
-SCHEMA = "lvlm-fastxai/evaluation/1"
+SCHEMA = "lvlm-fastxai/evaluation/2"
 
 # stage, done, total
 Progress = Callable[[str, int, int], None]
@@ -35,8 +36,10 @@ class Settings:
         scenes: number of held-out scenes; each is asked one question of every kind that it allows.
         seed: picks the scenes (see `held_out_cases`), the random maps, the questions that get curves, the resamples.
         methods: out of ``METHODS``.
-        curves: number of questions that get deletion and insertion curves; 0 for none.
+        curves: number of questions, and of descriptions, that get deletion and insertion curves; 0 for none.
         fill: what replaces a cell in them, "mean" colour of the picture or "blur".
+        descriptions: number of held-out scenes that are asked for a description, for the maps of whole answers; 0 for
+            none. The first ``scenes`` of them are the same.
         max_new_tokens: longest answer.
         resamples: of the bootstrap.
 
@@ -49,6 +52,7 @@ class Settings:
     methods: tuple[str, ...] = METHODS
     curves: int = CURVES
     fill: str = "mean"
+    descriptions: int = DESCRIPTIONS
     max_new_tokens: int = 24
     resamples: int = 2000
 
@@ -61,18 +65,25 @@ class Settings:
             )
         if self.fill not in FILLS:
             raise ArgumentError(f"fill: expected one of {', '.join(FILLS)}, got {self.fill!r}")
-        for name, least in (("curves", 0), ("max_new_tokens", 1), ("resamples", 1)):
+        for name, least in (("curves", 0), ("descriptions", 0), ("max_new_tokens", 1), ("resamples", 1)):
             if getattr(self, name) < least:
                 raise ArgumentError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+    @property
+    def whole_answer_variants(self) -> tuple[str, ...]:
+        """The methods, and the ablations of glimpse if it is one of them."""
+        return (*self.methods, *(ABLATIONS if "glimpse" in self.methods else ()))
 
 
 @dataclass
 class Scored:
-    """A question with evidence and a non-empty answer, and what was found out about it."""
+    """A question with evidence and a non-empty answer, and what was found out about it, by method."""
 
     case: Case
     tokens: list[int]
     answer: str
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    maps: dict[str, AnswerMaps] = field(default_factory=dict)
     curves: dict[str, Curves] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -83,26 +94,54 @@ class Scored:
 
 
 @dataclass
+class Part:
+    """What came out for one set of questions.
+
+    Attributes:
+        reference: the method that the others are compared with.
+        accuracy: per kind and "overall", {"correct", "questions"}, over all questions.
+        skipped: number of questions left out of the maps, by reason.
+        scored: the others.
+        summary: {"correct": …, "all": …}, each as `ScoreTable.summary` returns.
+        curves: {method: {"deletion" or "insertion": {"mean", "low", "high"}}}, lists along ``FRACTIONS``.
+    """
+
+    reference: str
+    accuracy: dict[str, dict[str, int]]
+    skipped: dict[str, int]
+    scored: list[Scored]
+    summary: dict[str, dict[str, Any]]
+    curves: dict[str, dict[str, dict[str, list[float | None]]]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the single questions."""
+        return {
+            "reference": self.reference,
+            "accuracy": self.accuracy,
+            "scored": {"questions": len(self.scored), "correct": sum(q.correct for q in self.scored)},
+            "skipped": self.skipped,
+            "summary": self.summary,
+            "curves": self.curves,
+        }
+
+
+@dataclass
 class Evaluation:
     """What came out.
 
     Attributes:
         settings: what was asked for.
-        accuracy: per kind and "overall", {"correct", "questions"}, over all questions.
-        skipped: number of questions left out of the maps, by reason.
-        questions: every scored question.
-        summary: {"correct": …, "all": …, "words": …}, each as `ScoreTable.summary` returns; "words" are the words
-            of rightly answered descriptions, each against the object it speaks of.
-        curves: {method: {"deletion" or "insertion": {"mean", "low", "high"}}}, lists along ``FRACTIONS``.
+        questions: maps of the methods, for questions of every kind.
+        whole_answers: maps of the methods and of glimpse's ablations, for descriptions; None where none was asked for.
+        words: of rightly answered descriptions, each against the object it speaks of, as `ScoreTable.summary` returns;
+            empty without any.
         seconds: wall time per stage.
     """
 
     settings: Settings
-    accuracy: dict[str, dict[str, int]]
-    skipped: dict[str, int]
-    questions: list[Scored]
-    summary: dict[str, dict[str, Any]]
-    curves: dict[str, dict[str, dict[str, list[float | None]]]]
+    questions: Part
+    whole_answers: Part | None
+    words: dict[str, Any]
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,12 +149,10 @@ class Evaluation:
         return {
             "schema": SCHEMA,
             "settings": asdict(self.settings),
-            "accuracy": self.accuracy,
-            "scored": {"questions": len(self.questions), "correct": sum(q.correct for q in self.questions)},
-            "skipped": self.skipped,
-            "summary": self.summary,
             "fractions": list(FRACTIONS),
-            "curves": self.curves,
+            "questions": self.questions.to_dict(),
+            "whole_answers": self.whole_answers.to_dict() if self.whole_answers else None,
+            "words": self.words,
             "seconds": self.seconds,
         }
 
@@ -133,101 +170,151 @@ def evaluate(
         model: a transformers image-text-to-text model; left as it was found.
         processor: its processor.
         settings: what to evaluate; the defaults when None.
-        progress: called as ``progress(stage, done, total)`` with the stages "answering", "explaining" and "curves".
+        progress: called as ``progress(stage, done, total)`` with the stages "answering …", "explaining …" and
+            "curves of …", of "questions" and of "descriptions".
 
     Raises:
         ArgumentError: settings out of range, or a processor without a chat template.
         FastXAIError: no question could be scored.
     """
     settings = settings or Settings()
-    seconds: dict[str, float] = {}
-    began = time.perf_counter()
-
-    def lap(stage: str) -> None:
-        nonlocal began
-        now = time.perf_counter()
-        seconds[stage] = now - began
-        began = now
-
+    stages = _Stages(progress)
     answerer = Answerer(model, processor)
-    cases = held_out_cases(settings.scenes, settings.seed)
-    answers = answer_cases(answerer, cases, settings.max_new_tokens, progress)
-    lap("answering")
-    questions = [
+    questions = _evaluate_part(
+        answerer,
+        held_out_cases(settings.scenes, settings.seed),
+        settings.methods,
+        settings,
+        stages,
+        what="questions",
+        reference="chefer",
+        groups=question_groups,
+    )
+    whole_answers, words = None, None
+    if settings.descriptions:
+        whole_answers = _evaluate_part(
+            answerer,
+            held_out_descriptions(settings.descriptions, settings.seed),
+            settings.whole_answer_variants,
+            settings,
+            stages,
+            what="descriptions",
+            reference="glimpse",
+            groups=description_groups,
+        )
+        words = word_table(answerer, whole_answers.scored, settings.whole_answer_variants)
+    spread: dict[str, Any] = {"resamples": settings.resamples, "seed": settings.seed}
+    by_word = words.summary(np.ones(len(words.scene), dtype=bool), **spread) if words else {}
+    stages.lap("statistics")
+    return Evaluation(settings, questions, whole_answers, by_word, stages.seconds)
+
+
+class _Stages:
+    """Progress and wall time of the stages."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """What ran since the last lap was ``stage``."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._began
+        self._began = now
+
+
+def _evaluate_part(
+    answerer: Answerer,
+    cases: Sequence[Case],
+    methods: Sequence[str],
+    settings: Settings,
+    stages: _Stages,
+    *,
+    what: str,
+    reference: str,
+    groups: Callable[[Sequence[Scored]], Mapping[str, Sequence[bool]]],
+) -> Part:
+    """From the cases to their scores: answer, explain, score, delete and insert, summarise."""
+    answers = answer_cases(
+        answerer,
+        cases,
+        settings.max_new_tokens,
+        lambda done: stages.progress(f"answering {what}", done, len(cases)),
+    )
+    stages.lap(f"answering {what}")
+    scored = [
         Scored(case, tokens, answerer.decode(tokens))
         for case, tokens in zip(cases, answers, strict=True)
         if case.has_evidence and tokens
     ]
-    if not questions:
-        raise FastXAIError("no question could be scored: none has both evidence and an answer; raise --scenes")
-    done = 0
-
-    def explained(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("explaining", done, len(questions))
-
+    if not scored:
+        raise FastXAIError("no question could be scored: none has both evidence and an answer; ask about more scenes")
     maps, boxes = compute_maps(
         answerer,
-        [q.case for q in questions],
-        [q.tokens for q in questions],
-        settings.methods,
+        [q.case for q in scored],
+        [q.tokens for q in scored],
+        methods,
         seed=settings.seed,
-        progress=explained,
+        progress=lambda done: stages.progress(f"explaining {what}", done, len(scored)),
     )
-    lap("explaining")
-    for index, question in enumerate(questions):
-        objects = question.case.objects_mask
-        for method in settings.methods:
-            question.scores[method] = map_scores(
-                maps[method][index].mean(0), question.case.question.mask, boxes[index], objects
-            )
-    words = word_table(answerer, questions, maps, boxes)
-    lap("scoring")
-    chosen = curve_questions(questions, settings.curves, settings.seed)
-    for number, index in enumerate(chosen):
-        question = questions[index]
+    stages.lap(f"explaining {what}")
+    for question, own, box in zip(scored, maps, boxes, strict=True):
+        question.maps, question.box = own, box
+        for method, found in own.items():
+            scores = map_scores(found.answer, question.case.question.mask, box, question.case.objects_mask)
+            if reference == "glimpse" and reference in own:
+                scores["distance"] = l1_distance(found.answer, own[reference].answer)
+            question.scores[method] = scores
+    stages.lap("scoring")
+    chosen = [scored[index] for index in curve_questions(scored, settings.curves, settings.seed)]
+    for number, question in enumerate(chosen):
         question.curves = deletion_insertion(
             answerer,
             question.case.scene.image,
             question.case.question.text,
             question.tokens,
-            {method: maps[method][index].mean(0) for method in settings.methods},
-            boxes[index],
+            {method: found.answer for method, found in question.maps.items()},
+            question.box,
             fill=settings.fill,
             seed=settings.seed,
         )
-        for method, own in question.curves.items():
-            question.scores[method]["deletion"] = own.deletion_area
-            question.scores[method]["insertion"] = own.insertion_area
-        progress("curves", number + 1, len(chosen))
-    lap("curves")
-    table = question_table(questions, settings.methods)
-    correct = np.array([q.correct for q in questions])
-    spread = {"resamples": settings.resamples, "seed": settings.seed}
-    summary = {
-        "correct": table.summary(correct, **spread),
-        "all": table.summary(np.ones(len(questions), dtype=bool), **spread),
-        "words": words.summary(np.ones(len(words.scene), dtype=bool), **spread) if words else {},
-    }
-    curves = mean_curves([questions[index] for index in chosen], settings)
-    lap("statistics")
-    return Evaluation(
-        settings,
+        for method, curve in question.curves.items():
+            question.scores[method]["deletion"] = curve.deletion_area
+            question.scores[method]["insertion"] = curve.insertion_area
+        stages.progress(f"curves of {what}", number + 1, len(chosen))
+    stages.lap(f"curves of {what}")
+    table = ScoreTable.collect(
+        [q.case.scene.seed for q in scored],
+        groups(scored),
+        {method: [q.scores[method] for q in scored] for method in methods},
+    )
+    spread: dict[str, Any] = {"reference": reference, "resamples": settings.resamples, "seed": settings.seed}
+    part = Part(
+        reference,
         accuracy_by_kind(cases, [answerer.decode(tokens) for tokens in answers]),
         {
             "no evidence": sum(not case.has_evidence for case in cases),
             "empty answer": sum(case.has_evidence and not tokens for case, tokens in zip(cases, answers, strict=True)),
         },
-        questions,
-        summary,
-        curves,
-        seconds,
+        scored,
+        {
+            "correct": table.summary(np.array([q.correct for q in scored]), **spread),
+            "all": table.summary(np.ones(len(scored), dtype=bool), **spread),
+        },
+        mean_curves(chosen, methods, settings),
     )
+    stages.lap("statistics")
+    return part
 
 
 def answer_cases(
-    answerer: Answerer, cases: Sequence[Case], max_new_tokens: int, progress: Progress, *, batch: int = 32
+    answerer: Answerer,
+    cases: Sequence[Case],
+    max_new_tokens: int,
+    progress: Callable[[int], None] = lambda done: None,
+    *,
+    batch: int = 32,
 ) -> list[list[int]]:
     """The model's greedy answer to every question, as token ids."""
     answers: list[list[int]] = [[] for _ in cases]
@@ -241,7 +328,7 @@ def answer_cases(
         for index, tokens in zip(part, answerer.answer(inputs, max_new_tokens), strict=True):
             answers[index] = tokens
         done += len(part)
-        progress("answering", done, len(cases))
+        progress(done)
     return answers
 
 
@@ -257,47 +344,55 @@ def accuracy_by_kind(cases: Sequence[Case], answers: Sequence[str]) -> dict[str,
     }
 
 
-def question_table(questions: Sequence[Scored], methods: Sequence[str]) -> ScoreTable:
-    """One row per question, grouped by kind, by the number of objects in the scene and by its difficulty."""
+def question_groups(questions: Sequence[Scored]) -> dict[str, list[bool]]:
+    """All, by kind, by the number of objects in the scene and by its difficulty."""
     groups: dict[str, list[bool]] = {"overall": [True] * len(questions)}
     for kind in scenes.KINDS:
         groups[kind] = [q.case.question.kind == kind for q in questions]
     groups["no distractor"] = [not q.case.has_distractors for q in questions]
     groups["with distractors"] = [q.case.has_distractors for q in questions]
     groups["hard scenes"] = [q.case.scene.difficulty != "plain" for q in questions]
-    return ScoreTable.collect(
-        [q.case.scene.seed for q in questions],
-        groups,
-        {method: [q.scores[method] for q in questions] for method in methods},
-    )
+    return groups
 
 
-def word_table(
-    answerer: Answerer,
-    questions: Sequence[Scored],
-    maps: dict[str, list[NDArray[np.float64]]],
-    boxes: Sequence[tuple[float, float, float, float]],
-) -> ScoreTable | None:
+def description_groups(questions: Sequence[Scored]) -> dict[str, list[bool]]:
+    """All, and by what the right description speaks of."""
+    two = [any(not np.array_equal(mask, q.case.question.mask) for mask in _word_masks(q)) for q in questions]
+    others = [q.case.has_distractors for q in questions]
+    return {
+        "overall": [True] * len(questions),
+        "one object, alone": [not (a or b) for a, b in zip(two, others, strict=True)],
+        "one object among others": others,
+        "two objects": two,
+    }
+
+
+def _word_masks(question: Scored) -> Sequence[NDArray[np.bool_]]:
+    return question.case.question.word_masks or ()
+
+
+def word_table(answerer: Answerer, questions: Sequence[Scored], methods: Sequence[str]) -> ScoreTable | None:
     """One row per answer word of the correctly answered descriptions, by the word's part in it; None without any."""
     scene: list[int] = []
     roles: list[str] = []
     several: list[bool] = []
-    rows: dict[str, list[dict[str, float]]] = {method: [] for method in maps}
-    for index, question in enumerate(questions):
-        asked = question.case.question
-        if asked.word_masks is None or not question.correct:
+    rows: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
+    for question in questions:
+        if not question.correct:
             continue
+        asked = question.case.question
         owner = np.array(answerer.word_of_token(question.tokens))
         objects = question.case.objects_mask
-        for place, (word, mask) in enumerate(zip(asked.answer.split(), asked.word_masks, strict=True)):
+        for place, (word, mask) in enumerate(zip(asked.answer.split(), _word_masks(question), strict=True)):
             if not (owner == place).any() or not mask.any():
                 continue
             scene.append(question.case.scene.seed)
             roles.append(word_role(word))
             several.append(not np.array_equal(mask, asked.mask))
-            for method in maps:
-                own = maps[method][index][owner == place].mean(0)
-                rows[method].append(map_scores(own, mask, boxes[index], objects))
+            for method in methods:
+                own, inside = question.maps[method], owner == place
+                scores = map_scores(own.tokens[inside].mean(0), mask, question.box, objects)
+                rows[method].append(scores | {"weight": float(own.weights[inside].sum())})
     if not scene:
         return None
     groups: dict[str, list[bool]] = {"overall": [True] * len(roles)}
@@ -330,7 +425,9 @@ def curve_questions(questions: Sequence[Scored], count: int, seed: int) -> list[
     return sorted(chosen)
 
 
-def mean_curves(questions: Sequence[Scored], settings: Settings) -> dict[str, dict[str, dict[str, list[float | None]]]]:
+def mean_curves(
+    questions: Sequence[Scored], methods: Sequence[str], settings: Settings
+) -> dict[str, dict[str, dict[str, list[float | None]]]]:
     """Mean curve and its 95 % interval at every fraction, per method."""
     if not questions:
         return {}
@@ -338,7 +435,7 @@ def mean_curves(questions: Sequence[Scored], settings: Settings) -> dict[str, di
         np.array([q.case.scene.seed for q in questions]), resamples=settings.resamples, seed=settings.seed
     )
     result: dict[str, dict[str, dict[str, list[float | None]]]] = {}
-    for method in settings.methods:
+    for method in methods:
         result[method] = {}
         for name in ("deletion", "insertion"):
             heights = np.stack([getattr(q.curves[method], name) for q in questions])  # (n, fractions)

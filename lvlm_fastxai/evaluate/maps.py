@@ -1,9 +1,10 @@
-"""The maps that are compared: the package's methods, gradient × input, and a random map as the floor."""
+"""The maps that are compared: the package's methods and their ablations, gradient × input, and noise as the floor."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import families
-from ..relevancy import relevancy_rows
+from ..aggregation import aggregate
+from ..methods import GlimpseOptions
+from ..relevancy import explain_rows
 from ..sweep import Sweep
 from ..targets import check_targets
+from . import METHODS
 from .answering import Answerer, Inputs, batched
 from .cases import Case
 
@@ -23,6 +27,61 @@ Box = tuple[float, float, float, float]
 Target = tuple[int, int, int]
 
 UNTRAINED_SEED = 2**40
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a map of an answer is made.
+
+    Attributes:
+        method: one of `lvlm_fastxai.relevancy_rows`, "gradient_input", "chefer_untrained" (the same answer explained
+            with an untrained twin of the model) or "random".
+        weighting: of the answer's tokens, as for `lvlm_fastxai.aggregate`; "uniform" is the mean of their maps.
+        options: of the method.
+    """
+
+    method: str
+    weighting: str = "uniform"
+    options: GlimpseOptions | None = None
+
+
+# What each changes of the method that it starts with.
+WEIGHTINGS = {
+    "glimpse weighting=confidence": Variant("glimpse", "confidence"),
+    "glimpse weighting=prompt": Variant("glimpse", "prompt"),
+    "glimpse weighting=uniform": Variant("glimpse", "uniform"),
+}
+ABLATIONS = {
+    **WEIGHTINGS,
+    "glimpse depth_rate=0": Variant("glimpse", "glimpse", GlimpseOptions(depth_rate=0.0)),
+    "glimpse depth_rate=scaled": Variant("glimpse", "glimpse", GlimpseOptions(depth_rate="scaled")),
+    "glimpse layers=top:0.6": Variant("glimpse", "glimpse", GlimpseOptions(layers="top:0.6")),
+    "glimpse propagation=identity": Variant("glimpse", "glimpse", GlimpseOptions(propagation="identity")),
+    "glimpse stats_domain=causal": Variant("glimpse", "glimpse", GlimpseOptions(stats_domain="causal")),
+    "chefer weighting=glimpse": Variant("chefer", "glimpse"),
+}
+VARIANTS = {
+    **{method: Variant(method, "glimpse" if method == "glimpse" else "uniform") for method in METHODS},
+    **ABLATIONS,
+}
+
+
+@dataclass(frozen=True)
+class AnswerMaps:
+    """The maps of one answer by one variant.
+
+    Attributes:
+        tokens: (T, h, w), one per token.
+        weights: (T,) what each token counts for in the map of the answer.
+    """
+
+    tokens: NDArray[np.float64]
+    weights: NDArray[np.float64]
+
+    @property
+    def answer(self) -> NDArray[np.float64]:
+        """(h, w), the map of the whole answer."""
+        return np.tensordot(self.weights, self.tokens, 1)
 
 
 def gradient_input_rows(model: nn.Module, inputs: Mapping[str, Any], targets: Sequence[Target]) -> Tensor:
@@ -73,30 +132,30 @@ def compute_maps(
     answerer: Answerer,
     cases: Sequence[Case],
     answers: Sequence[Sequence[int]],
-    methods: Sequence[str],
+    variants: Sequence[str],
     *,
     seed: int,
     batch: int = 16,
-    progress: Callable[[int], None] = lambda count: None,
-) -> tuple[dict[str, list[NDArray[np.float64]]], list[Box]]:
-    """Maps of every answer token of every case.
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[list[dict[str, AnswerMaps]], list[Box]]:
+    """Maps of every answer, token by token and as a whole.
 
     Args:
         answerer: model and processor.
         cases: n questions.
         answers: their answers' token ids, none empty.
-        methods: those of `lvlm_fastxai.relevancy_rows`, "gradient_input", "chefer_untrained" (the same answer explained
-            with an untrained twin of the model) and "random".
+        variants: names out of ``VARIANTS``. Those that differ in the tokens' weights alone share their rows.
         seed: of the random maps and the untrained twin.
         batch: questions per pass.
-        progress: called with the number of questions just done.
+        progress: called with the number of questions done so far.
 
     Returns:
-        {method: n arrays (T, h, w)}, and the n boxes of the grids in shares of the picture.
+        n dictionaries {variant: maps}, and the n boxes of the grids in shares of the picture.
     """
-    maps: dict[str, list[Any]] = {method: [None] * len(cases) for method in methods}
+    maps: list[dict[str, AnswerMaps]] = [{} for _ in cases]
     boxes: list[Any] = [None] * len(cases)
-    twin = untrained_twin(answerer.model, seed) if "chefer_untrained" in methods else None
+    done = 0
+    twin = untrained_twin(answerer.model, seed) if "chefer_untrained" in variants else None
     # Answers of one length share a batch, so that no pass carries targets that only one sample has.
     by_length: dict[int, list[int]] = {}
     for index, answer in enumerate(answers):
@@ -104,7 +163,8 @@ def compute_maps(
     for length, members in sorted(by_length.items()):
         for part in batched(members, batch):
             images = [cases[index].scene.image for index in part]
-            prompts = answerer.encode(images, [cases[index].question.text for index in part])
+            questions = [cases[index].question.text for index in part]
+            prompts = answerer.encode(images, questions)
             layouts = image_layouts(answerer, prompts, images)
             start = prompts["input_ids"].shape[1]
             inputs = answerer.accepted(answerer.join(prompts, [answers[index] for index in part]))
@@ -113,24 +173,57 @@ def compute_maps(
                 for sample, index in enumerate(part)
                 for place, token in enumerate(answers[index])
             ]
-            for method in methods:
-                if method == "random":
+            found: dict[tuple[str, GlimpseOptions | None], tuple[Tensor, Tensor]] = {}
+            for name in variants:
+                variant = VARIANTS[name]
+                if variant.method == "random":
                     for index, layout in zip(part, layouts, strict=True):
-                        maps[method][index] = random_maps(length, layout.shape, np.random.default_rng([seed, 3, index]))
+                        noise = random_maps(length, layout.shape, np.random.default_rng([seed, 3, index]))
+                        maps[index][name] = AnswerMaps(noise, np.full(length, 1 / length))
                     continue
-                if method == "gradient_input":
-                    rows = gradient_input_rows(answerer.model, inputs, targets)
-                elif method == "chefer_untrained":
-                    assert twin is not None
-                    rows = relevancy_rows(twin, inputs, targets).cpu()
-                else:
-                    rows = relevancy_rows(answerer.model, inputs, targets, method=method, prompt_length=start).cpu()
-                for own, index, layout in zip(rows.split(length), part, layouts, strict=True):
-                    maps[method][index] = np.stack([layout.read(row).double().numpy() for row in own])
+                key = (variant.method, variant.options)
+                if key not in found:
+                    found[key] = _rows(answerer.model, twin, inputs, targets, start, *key)
+                rows, probabilities = (values.split(length) for values in found[key])
+                for sample, (index, layout) in enumerate(zip(part, layouts, strict=True)):
+                    weights = np.full(length, 1 / length)
+                    if variant.weighting != "uniform":
+                        # The map of an answer is linear in its tokens' maps: their weights are all that is needed.
+                        aggregated = aggregate(
+                            rows[sample],
+                            probabilities[sample],
+                            answerer.image_columns(prompts, sample),
+                            answerer.question_columns(prompts, sample, questions[sample]),
+                            weighting=variant.weighting,
+                            query_rows=range(start - 1, start - 1 + length),
+                        )
+                        weights = aggregated.image_weights.double().numpy()
+                    tokens = np.stack([layout.read(row).double().numpy() for row in rows[sample]])
+                    maps[index][name] = AnswerMaps(tokens, weights)
             for index, layout in zip(part, layouts, strict=True):
                 boxes[index] = layout.box
-            progress(len(part))
+            done += len(part)
+            progress(done)
     return maps, boxes
+
+
+def _rows(
+    model: nn.Module,
+    twin: nn.Module | None,
+    inputs: Inputs,
+    targets: Sequence[Target],
+    start: int,
+    method: str,
+    options: GlimpseOptions | None,
+) -> tuple[Tensor, Tensor]:
+    """(N, S) rows and (N,) probabilities of the targets; ones for gradient × input, whose tokens are not weighted."""
+    if method == "gradient_input":
+        return gradient_input_rows(model, inputs, targets), torch.ones(len(targets))
+    if method == "chefer_untrained":
+        assert twin is not None
+        model, method = twin, "chefer"
+    result = explain_rows(model, inputs, targets, method=method, prompt_length=start, options=options)
+    return result.rows.cpu(), result.probabilities.cpu()
 
 
 def image_layouts(answerer: Answerer, prompts: Inputs, images: Sequence[Image.Image]) -> list[families.ImageLayout]:

@@ -115,6 +115,44 @@ def mass_in_mask(relevancy: Array, coverage: Array) -> float:
     return float((relevancy * coverage).sum(dtype=np.float64) / total)
 
 
+def normalized_scanpath_saliency(relevancy: Array, coverage: Array) -> float:
+    """Mean over the mask's pixels of the map, standardised to mean 0 and deviation 1 over the grid (NSS).
+
+    The score of saliency maps against human fixations (Peters et al. 2005), with the mask's pixels as the fixations.
+
+    Args:
+        relevancy: (h, w), finite.
+        coverage: (h, w) in 0 … 1, or bool for whole cells; not zero everywhere.
+
+    Returns:
+        A number: how many standard deviations the mask lies above the map's mean. 0 is chance, and what a constant map
+        scores.
+
+    Raises:
+        ArgumentError: shapes differ, a value is not finite, or the coverage is zero everywhere.
+    """
+    _check(relevancy, coverage)
+    if relevancy.min() == relevancy.max():
+        return 0.0
+    inside = (relevancy * coverage).sum(dtype=np.float64) / coverage.sum(dtype=np.float64)
+    return float((inside - relevancy.mean()) / relevancy.std())
+
+
+def l1_distance(relevancy: Array, other: Array) -> float:
+    """Σ |a − b| of two maps, each scaled to sum one: 0 for maps that differ in scale only, 2 for disjoint ones.
+
+    A map of zeros counts as constant, as in `mass_in_mask`.
+
+    Args:
+        relevancy, other: (h, w), finite, not negative.
+    """
+
+    def scaled(values: Array) -> Array:
+        return values / values.sum() if values.any() else np.full(values.shape, 1 / values.size)
+
+    return float(np.abs(scaled(relevancy) - scaled(other)).sum())
+
+
 def average_precision(relevancy: Array, evidence: Mask) -> float:
     """Area under the precision-recall curve (AUPRC) of the map as a ranking of the cells.
 

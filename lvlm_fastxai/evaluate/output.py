@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import ArgumentError
 from .evaluation import Evaluation
+from .maps import WEIGHTINGS
 from .scores import METRICS, Metric
 
 BEGIN, END = "<!-- figures: written by `lvlm-fastxai evaluate --document` -->", "<!-- end of figures -->"
@@ -47,28 +48,33 @@ class Table:
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """The tables of an evaluation's dictionary (`Evaluation.to_dict`), the main one first."""
-    found = [_accuracy(result)]
-    for subset, title in (
-        ("correct", "Correctly answered questions"),
-        ("all", "All questions, answered right or wrong"),
-    ):
-        groups = result["summary"][subset]
-        if "overall" not in groups:
-            continue
-        found.append(_overall(groups["overall"], title))
-        if subset == "correct":
-            if difference := _difference(groups["overall"]):
-                found.append(difference)
-            for metric in METRICS:
-                if metric.name in ("pointing", "mass_ratio", "average_precision"):
-                    found.append(_by_group(groups, metric, "By question kind, correct answers", "maps"))
-    words = result["summary"]["words"]
+    """The tables of an evaluation's dictionary (`Evaluation.to_dict`): questions, whole answers, words."""
+    questions, answers, words = result["questions"], result["whole_answers"], result["words"]
+    correct, methods = questions["summary"]["correct"], result["settings"]["methods"]
+    found = [_accuracy(questions)]
+    if correct:
+        found += _compared(correct, questions["reference"], "Correctly answered questions", "questions")
+        for name in ("pointing", "mass_ratio", "average_precision"):
+            found.append(_by_group(correct, methods, name, "By question kind, correct answers", "maps"))
+    everything = questions["summary"]["all"]["overall"]
+    found.append(_overall(everything, "All questions, answered right or wrong", "questions"))
+    if answers and (correct := answers["summary"]["correct"]):
+        found += _compared(correct, answers["reference"], "Whole answers: right descriptions", "descriptions")
+        for name in ("pointing", "average_precision", "nss"):
+            found.append(_by_group(correct, methods, name, "Whole answers, by what is described", "descriptions"))
     if words:
-        for metric in METRICS:
-            if metric.name in ("pointing", "average_precision", "selectivity"):
-                found.append(_by_group(words, metric, "By word of a right description", "words"))
+        for name in ("pointing", "average_precision", "selectivity"):
+            found.append(_by_group(words, methods, name, "By word of a right description", "words"))
+        weighted = [name for name in words["overall"]["methods"] if name in ("glimpse", *WEIGHTINGS)]
+        if weighted:
+            found.append(_by_group(words, weighted, "weight", "What a word counts for in its answer's map", "words"))
     return found
+
+
+def _compared(groups: Mapping[str, Any], reference: str, title: str, unit: str) -> list[Table]:
+    """Means, and the differences to ``reference`` if it is there."""
+    difference = _difference(groups["overall"], f"Difference to {reference}, {title[0].lower()}{title[1:]}", unit)
+    return [_overall(groups["overall"], title, unit), *([difference] if difference else [])]
 
 
 def _accuracy(result: Mapping[str, Any]) -> Table:
@@ -85,21 +91,21 @@ def _accuracy(result: Mapping[str, Any]) -> Table:
     return Table("The model's answers", ["kind", "right", "questions"], rows, note)
 
 
-def _overall(group: Mapping[str, Any], title: str) -> Table:
+def _overall(group: Mapping[str, Any], title: str, unit: str) -> Table:
     metrics = [metric for metric in METRICS if any(metric.name in entry for entry in group["methods"].values())]
     rows = [
         [method, *(_with_interval(entry.get(metric.name), metric) for metric in metrics)]
         for method, entry in group["methods"].items()
     ]
     chance = ["chance", *(_number(group["chance"].get(metric.name), metric) for metric in metrics)]
-    note = f"{group['maps']} questions about {group['scenes']} scenes; ± half the width of the 95 % interval."
+    note = f"{group['maps']} {unit} about {group['scenes']} scenes; ± half the width of the 95 % interval."
     curves = group["methods"][next(iter(group["methods"]))].get("deletion")
     if curves:
-        note += f" Deletion (lower is better) and insertion: {curves['maps']} right answers, kinds drawn evenly."
+        note += f" Deletion (lower is better) and insertion: {curves['maps']} right answers, drawn evenly over kinds."
     return Table(title, ["method", *(metric.heading for metric in metrics)], [*rows, chance], note)
 
 
-def _difference(group: Mapping[str, Any]) -> Table | None:
+def _difference(group: Mapping[str, Any], title: str, unit: str) -> Table | None:
     methods = {
         name: {key: value["difference"] for key, value in entry.items() if "difference" in value}
         for name, entry in group["methods"].items()
@@ -112,25 +118,25 @@ def _difference(group: Mapping[str, Any]) -> Table | None:
         [name, *(_with_interval(entry.get(metric.name), metric, signed=True) for metric in metrics)]
         for name, entry in methods.items()
     ]
-    note = "Paired over the same questions; * where the 95 % interval excludes zero (not corrected for their number)."
-    header = ["method", *(metric.heading for metric in metrics)]
-    return Table("Difference to chefer, correctly answered questions", header, rows, note)
+    note = f"Paired over the same {unit}; * where the 95 % interval excludes zero (not corrected for their number)."
+    return Table(title, ["method", *(metric.heading for metric in metrics)], rows, note)
 
 
-def _by_group(groups: Mapping[str, Any], metric: Metric, title: str, unit: str) -> Table:
+def _by_group(groups: Mapping[str, Any], methods: Sequence[str], name: str, heading: str, unit: str) -> Table:
+    metric = next(metric for metric in METRICS if metric.name == name)
     # The random map only measures chance, which stands in a column of its own.
-    methods = [name for name in groups["overall"]["methods"] if name != "random"]
+    methods = [method for method in methods if method != "random"]
     rows = [
         [
-            name,
+            title,
             str(next(iter(group["methods"].values())).get(metric.name, {}).get("maps", group["maps"])),
             *(_with_interval(group["methods"][method].get(metric.name), metric) for method in methods),
             _number(group["chance"].get(metric.name), metric),
         ]
-        for name, group in groups.items()
+        for title, group in groups.items()
         if any(metric.name in group["methods"][method] for method in methods)
     ]
-    return Table(f"{title}: {metric.heading}", ["group", unit, *methods, "chance"], rows)
+    return Table(f"{heading}: {metric.heading}", ["group", unit, *methods, "chance"], rows)
 
 
 def _with_interval(entry: Mapping[str, Any] | None, metric: Metric, *, signed: bool = False) -> str:
@@ -145,11 +151,11 @@ def _with_interval(entry: Mapping[str, Any] | None, metric: Metric, *, signed: b
 
 def _number(value: float | None, metric: Metric, *, signed: bool = False) -> str:
     if value is None:
-        return "1.00" if metric.name == "mass_ratio" else "–"
+        return "–"
     sign = "+" if signed else ""
     if metric.percent:
         return f"{100 * value:{sign}.1f}"
-    return f"{value:{sign}.2f}" if metric.name == "mass_ratio" else f"{value:{sign}.3f}"
+    return f"{value:{sign}.2f}" if metric.name in ("mass_ratio", "nss") else f"{value:{sign}.3f}"
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
@@ -158,15 +164,18 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def write_csv(path: Path, evaluation: Evaluation) -> None:
-    """One row per question and method with every score; an empty field was not measured."""
-    scores = sorted({name for q in evaluation.questions for entry in q.scores.values() for name in entry})
+    """One row per question and method with every score, whole answers last; an empty field was not measured."""
+    parts = {"questions": evaluation.questions, "whole answers": evaluation.whole_answers}
+    questions = [(name, q) for name, part in parts.items() if part for q in part.scored]
+    scores = sorted({name for _, q in questions for entry in q.scores.values() for name in entry})
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        header = ["scene", "difficulty", "objects", "kind", "question", "right_answer", "answer"]
+        header = ["part", "scene", "difficulty", "objects", "kind", "question", "right_answer", "answer"]
         writer.writerow([*header, "correct", "method", *scores])
-        for q in evaluation.questions:
+        for name, q in questions:
             scene, asked = q.case.scene, q.case.question
-            about = [scene.seed, scene.difficulty, len(scene.objects), asked.kind, asked.text, asked.answer, q.answer]
+            of_scene = [scene.seed, scene.difficulty, len(scene.objects)]
+            about = [name, *of_scene, asked.kind, asked.text, asked.answer, q.answer]
             for method, entry in q.scores.items():
                 values = [entry.get(name) for name in scores]
                 # NaN is the one number that differs from itself.

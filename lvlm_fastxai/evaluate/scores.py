@@ -11,11 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bootstrap import ClusterBootstrap, Interval
-from .metrics import average_precision, cell_coverage, evidence_cells, mass_in_mask, pointing_game
+from .metrics import (
+    average_precision,
+    cell_coverage,
+    evidence_cells,
+    mass_in_mask,
+    normalized_scanpath_saliency,
+    pointing_game,
+)
 
 Floats = NDArray[np.float64]
-
-REFERENCE_METHOD = "chefer"
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Metric:
         better: "higher" or "lower".
         percent: shown as a percentage.
         over: the score by whose mean the score's mean is divided, None for a plain mean.
+        paired: whether its difference to another method says anything.
     """
 
     name: str
@@ -36,6 +42,7 @@ class Metric:
     percent: bool = True
     over: str | None = None
     score: str = ""
+    paired: bool = True
 
     @property
     def heading(self) -> str:
@@ -53,9 +60,12 @@ METRICS = (
     Metric("mass", "mass in mask"),
     Metric("mass_ratio", "mass / area", percent=False, over="area", score="mass"),
     Metric("average_precision", "AUPRC", percent=False),
+    Metric("nss", "NSS", percent=False),
     Metric("selectivity", "selectivity"),
     Metric("deletion", "deletion", better="lower", percent=False),
     Metric("insertion", "insertion", percent=False),
+    Metric("distance", "L1 to glimpse", better="lower", percent=False, paired=False),
+    Metric("weight", "weight", paired=False),
 )
 
 
@@ -71,9 +81,9 @@ def map_scores(
         objects: (H, W) bool, every object of the picture, evidence or not.
 
     Returns:
-        pointing, mass, average_precision as in `metrics`; selectivity, the share of the relevancy on objects that is on
-        evidence, NaN where the picture shows no other object or no relevancy is on any; and the chance levels: area
-        (of mass), evidence_share (of pointing and average_precision), object_share (of selectivity).
+        pointing, mass, average_precision, nss as in `metrics`; selectivity, the share of the relevancy on objects that
+        is on evidence, NaN where the picture shows no other object or no relevancy is on any; and the chance levels:
+        area (of mass), evidence_share (of pointing and average_precision), object_share (of selectivity).
     """
     shape = (relevancy.shape[0], relevancy.shape[1])
     coverage = cell_coverage(mask, shape, box)
@@ -86,6 +96,7 @@ def map_scores(
         "pointing": pointing_game(relevancy, evidence),
         "mass": mass_in_mask(relevancy, coverage),
         "average_precision": average_precision(relevancy, evidence),
+        "nss": normalized_scanpath_saliency(relevancy, coverage),
         "selectivity": float((relevancy * coverage).sum()) / mass_on_objects if selective else math.nan,
         "area": float(coverage.mean()),
         "evidence_share": float(evidence.mean()),
@@ -99,6 +110,8 @@ CHANCE = {
     "average_precision": "evidence_share",
     "selectivity": "object_share",
 }
+# The same for every question.
+FIXED_CHANCE = {"mass_ratio": 1.0, "nss": 0.0}
 
 
 @dataclass
@@ -133,13 +146,20 @@ class ScoreTable:
             },
         )
 
-    def summary(self, select: NDArray[np.bool_], *, resamples: int, seed: int) -> dict[str, Any]:
+    def summary(
+        self, select: NDArray[np.bool_], *, reference: str = "chefer", resamples: int, seed: int
+    ) -> dict[str, Any]:
         """Means with 95 % intervals, per group, method and metric, over the maps of ``select``.
+
+        Args:
+            select: (n,) bool.
+            reference: the method that the others are compared with, pair by pair.
+            resamples, seed: of the bootstrap.
 
         Returns:
             {group: {"maps": count, "scenes": count, "chance": {metric: mean}, "methods": {method: {metric:
-            {"mean", "low", "high", "maps", "difference"}}}}}, where "difference" is the paired one to ``chefer`` with
-            its interval. A metric without any measured map is left out, as is an empty group.
+            {"mean", "low", "high", "maps", "difference"}}}}}, where "difference" is the paired one to ``reference``
+            with its interval. A metric without any measured map is left out, as is an empty group.
         """
         result: dict[str, Any] = {}
         for group, members in self.groups.items():
@@ -156,13 +176,15 @@ class ScoreTable:
             result[group] = {
                 "maps": int(chosen.sum()),
                 "scenes": len(np.unique(self.scene[chosen])),
-                "chance": chance,
-                "methods": {method: self._method(method, chosen, bootstrap) for method in self.scores},
+                "chance": chance | FIXED_CHANCE,
+                "methods": {method: self._method(method, reference, chosen, bootstrap) for method in self.scores},
             }
         return result
 
-    def _method(self, method: str, chosen: NDArray[np.bool_], bootstrap: ClusterBootstrap) -> dict[str, Any]:
-        own, reference = self.scores[method], self.scores.get(REFERENCE_METHOD)
+    def _method(
+        self, method: str, reference: str, chosen: NDArray[np.bool_], bootstrap: ClusterBootstrap
+    ) -> dict[str, Any]:
+        own, other = self.scores[method], self.scores.get(reference)
         result: dict[str, Any] = {}
         for metric in METRICS:
             if metric.key not in own or not np.isfinite(own[metric.key][chosen]).any():
@@ -171,8 +193,8 @@ class ScoreTable:
             below = own[metric.over][chosen] if metric.over else np.ones(len(values))
             entry: dict[str, Any] = _as_dict(bootstrap.ratio(values, below))
             entry["maps"] = int(np.isfinite(values).sum())
-            if reference is not None and method != REFERENCE_METHOD:
-                difference = values - reference[metric.key][chosen]
+            if other is not None and method != reference and metric.paired:
+                difference = values - other[metric.key][chosen]
                 entry["difference"] = _as_dict(bootstrap.ratio(difference, below))
             result[metric.name] = entry
         return result
