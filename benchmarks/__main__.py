@@ -8,6 +8,7 @@ import sys
 
 SUITES = {
     "end-to-end": ("benchmarks.end_to_end", "whole explanations against eager, forward + backward, and forward"),
+    "glimpse": ("benchmarks.glimpse", "GLIMPSE against chefer: time per target, several targets, memory"),
     "backward": ("benchmarks.backward", "the fused backward against torch's own followed by relevancy_product"),
     "gpu": ("benchmarks.gpu", "everything that a machine with a GPU has to show: `make gpu`"),
     "gpu-end-to-end": ("benchmarks.gpu_end_to_end", "whole explanations of 7B models on a GPU"),

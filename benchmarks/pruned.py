@@ -81,23 +81,22 @@ class Descents:
 
     def certificate(self, number: int) -> Point:
         """What the last row of target ``number`` was made of: rows kept, and the two parts of the error estimate."""
-        from lvlm_fastxai import pruning
-
         found, seen = self._method.certificate, self._method.targets.query_rows[number] + 1
         kept = found.rows_kept[number].clamp(max=seen).double().mean().item()
         dropped, estimate = found.dropped[number].mean().item(), found.error[number].item()
-        missing = max(0.0, (estimate - pruning.DROPPED_FACTOR * dropped) / pruning.MISSING_FACTOR)
+        missing_factor, dropped_factor = self._method.estimate
+        missing = max(0.0, (estimate - dropped_factor * dropped) / missing_factor)
         return {"kept": kept / seen, "rows": kept, "missing": missing, "dropped": dropped}
 
 
 @contextlib.contextmanager
-def opened(model: Any, case: Case) -> Iterator[Descents]:
+def opened(model: Any, case: Case, method_name: str = "chefer") -> Iterator[Descents]:
     """The case's forward, for any number of descents."""
     from lvlm_fastxai import methods
     from lvlm_fastxai.sweep import Sweep
     from lvlm_fastxai.targets import check_targets
 
-    method = methods.find("chefer")(check_targets(case.targets, dict(case.inputs), None), case.inputs)
+    method = methods.find(method_name)(check_targets(case.targets, dict(case.inputs), None), case.inputs)
     # Any tolerance but 0: the layers' graphs are then not kept, which is how a pruned sweep runs.
     with Sweep(model, case.inputs, method.explained.row_table(), "fast", 0.1) as sweep:
         yield Descents(sweep, method)
@@ -125,12 +124,12 @@ def ranks(values: numpy.ndarray) -> numpy.ndarray:
     return (count.cumsum() - (count - 1) / 2)[place]
 
 
-def exact_rows(model: Any, case: Case) -> Tensor:
+def exact_rows(model: Any, case: Case, method: str = "chefer") -> Tensor:
     """(N, S) rows of the dense sweep in the model's own dtype."""
     import lvlm_fastxai as fx
 
     inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in case.inputs.items()}
-    return fx.relevancy_rows(model, inputs, case.targets)
+    return fx.relevancy_rows(model, inputs, case.targets, method=method)
 
 
 def points_of(
@@ -157,11 +156,11 @@ def described(case: Case, number: int) -> Point:
     return {"case": case.name, "kind": case.kind, "columns": case.columns, "row": case.targets[number][1]}
 
 
-def half_points(half: Any, case: Case, exact: Tensor) -> list[Point]:
+def half_points(half: Any, case: Case, exact: Tensor, method: str) -> list[Point]:
     """What dense bf16 loses, one point per target. ``half`` is the model in bf16."""
     return [
         {**described(case, number), **compare(row, exact[number], case.targets[number][1])}
-        for number, row in enumerate(exact_rows(half, case))
+        for number, row in enumerate(exact_rows(half, case, method))
     ]
 
 
@@ -243,10 +242,10 @@ def tradeoff_text(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 for name, question in cases.QUESTIONS.items()
             ]
             for case in chosen:
-                exact = exact_rows(model, case)
-                with opened(model, case) as descents:
+                exact = exact_rows(model, case, args.method)
+                with opened(model, case, args.method) as descents:
                     points += points_of(descents, case, exact, args.tolerances, progress.update)
-                dense += half_points(half, case, exact)
+                dense += half_points(half, case, exact, args.method)
             yield {"points": as_table(points), "bf16": as_table(dense)}
 
 
@@ -283,13 +282,13 @@ def picture_tradeoff(model: Any, processor: Any, args: argparse.Namespace) -> It
     with bar(args.pictures, "pictures", "picture") as progress:
         for picture in cases.pictures(model, processor, scenes.held_out(args.pictures)):
             case = picture.case
-            exact = exact_rows(model, case)
-            with opened(model, case) as descents:
+            exact = exact_rows(model, case, args.method)
+            with opened(model, case, args.method) as descents:
                 points += points_of(descents, case, exact, args.tolerances)
                 numbers = range(len(case.targets))
                 pruned = {str(t): torch.stack([descents.row(n, t) for n in numbers]) for t in args.tolerances}
-            rows = {"exact": exact, **pruned, "bf16": exact_rows(half, case)}
-            dense += half_points(half, case, exact)
+            rows = {"exact": exact, **pruned, "bf16": exact_rows(half, case, args.method)}
+            dense += half_points(half, case, exact, args.method)
             layout, mask = picture.layout, picture.question.mask
             evidence = evidence_cells(cell_coverage(mask, layout.shape, layout.box))
             maps = {
@@ -429,14 +428,14 @@ def measure_estimates(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     cases.answer(model, tokenizer, key, each, columns, args.targets) for key, each in questions.items()
                 ]
                 for case in chosen:
-                    exact = exact_rows(model, case)
-                    with opened(model, case) as descents:
+                    exact = exact_rows(model, case, args.method)
+                    with opened(model, case, args.method) as descents:
                         points += points_of(descents, case, exact, tolerances, progress.update)
                 yield {key: as_table(found) for key, found in results.items()}
         with bar(args.pictures, f"{name}: pictures", "picture") as progress:
             for picture in cases.pictures(tiny, processor, stream):
-                exact = exact_rows(tiny, picture.case)
-                with opened(tiny, picture.case) as descents:
+                exact = exact_rows(tiny, picture.case, args.method)
+                with opened(tiny, picture.case, args.method) as descents:
                     points += points_of(descents, picture.case, exact, tolerances)
                 progress.update(1)
         yield {key: as_table(found) for key, found in results.items()}
@@ -786,6 +785,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         added.add_argument(
             "--out", type=Path, default=RESULTS, metavar="FILE", help="results file, other parts in it stay as they are"
         )
+        if name in ("tradeoff", "calibrate"):
+            added.add_argument(
+                "--method",
+                choices=("chefer", "glimpse"),
+                default="chefer",
+                help="glimpse: to be given with an --out of its own (default: %(default)s)",
+            )
         if name != "report":
             added.add_argument("--threads", type=int, default=2, help="default: %(default)s")
         return added.add_argument
@@ -862,7 +868,17 @@ MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]
     "time-memory": memory,
     "growth": growth,
 }
-SETTINGS = ("columns", "lengths", "held_out_lengths", "tolerances", "tolerance", "targets", "pictures", "rounds")
+SETTINGS = (
+    "method",
+    "columns",
+    "lengths",
+    "held_out_lengths",
+    "tolerances",
+    "tolerance",
+    "targets",
+    "pictures",
+    "rounds",
+)
 
 
 def main(args: argparse.Namespace) -> int:

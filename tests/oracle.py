@@ -171,10 +171,16 @@ def relative_error(found: Tensor, truth: Tensor) -> Tensor:
 # Which rows (S,) bool of a layer to keep, from its index, the norms (S,) of the gradient at its output, and the running
 # relevancy (S,) above it.
 Choose = Callable[[int, Tensor, Tensor], Tensor]
+# What a layer's gradient and probabilities (H,S,S) make of it: (S,S).
+Matrix = Callable[[Tensor, Tensor], Tensor]
+
+
+def chefer_matrix(gradient: Tensor, probabilities: Tensor) -> Tensor:
+    return (gradient * probabilities).clamp(min=0).mean(0)
 
 
 def pruned_relevance(
-    model: nn.Module, inputs: Mapping[str, Any], target: Target, choose: Choose
+    model: nn.Module, inputs: Mapping[str, Any], target: Target, choose: Choose, matrix: Matrix = chefer_matrix
 ) -> tuple[list[Tensor], Tensor]:
     """The pruned sweep after its definition: Ā of every layer (S,S), bottom layer first, and the row (S,) they make.
 
@@ -216,7 +222,7 @@ def pruned_relevance(
         gradient = down + gradient * ~mask
         if index > 0 and entered[index] is not left[index - 1]:  # the model changes the states between its layers
             (gradient,) = torch.autograd.grad(entered[index], left[index - 1], gradient, retain_graph=True)
-        matrices.insert(0, (of_attention[sample] * probabilities[sample]).clamp(min=0).mean(0).detach())
+        matrices.insert(0, matrix(of_attention[sample].detach(), probabilities[sample].detach()))
         row = row + row @ matrices[0]
     return matrices, row
 
@@ -297,3 +303,54 @@ def glimpse_rows(
             relevancy = step @ relevancy
         rows.append(relevancy[query_row])
     return torch.stack(rows).detach()
+
+
+def pruned_glimpse_row(
+    model: nn.Module, inputs: Mapping[str, Any], target: Target, tolerance: float
+) -> tuple[Tensor, list[int]]:
+    """The pruned sweep's GLIMPSE row (S,) with default options, and how many rows each layer kept, bottom layer first.
+
+    Besides q* a layer keeps the smallest set of rows that holds a share 1 − `tolerance` of norm_i / Σ norm + 5 · row_i
+    / Σ row, the second over rows with a gradient, rows taken without their identity.
+    """
+    counts: list[int] = []
+    strengths: list[Tensor] = []
+    matrices: list[Tensor] = []  # both of the layers so far, top layer first
+    query_row = target[1]
+    layers = model.config.get_text_config().num_hidden_layers
+
+    def running(size: int, like: Tensor) -> Tensor:
+        row = like.new_zeros(size)
+        row[query_row] = 1
+        for strength, layer in zip(strengths, matrices, strict=True):
+            row = row + 0.5 * strength / sum(strengths) * (row @ layer)
+        return row
+
+    def choose(index: int, norms: Tensor, _: Tensor) -> Tensor:
+        added = running(len(norms), norms)
+        added[query_row] -= 1
+        added = added * (norms > 0)
+        scores = norms / norms.sum() + (5 * added / added.sum() if added.sum() > 0 else 0)
+        scores[query_row] = 0
+        highest = scores.argsort(descending=True)
+        held = scores[highest].cumsum(0)
+        # The row that crosses the share is kept too.
+        count = int((held < (1 - tolerance) * held[-1]).sum()) + 1 if held[-1] > 0 else 0
+        counts.insert(0, count + 1)
+        chosen = torch.zeros_like(norms, dtype=torch.bool).scatter(0, highest[:count], value=True)
+        chosen[query_row] = True
+        return chosen
+
+    def matrix(gradient: Tensor, probabilities: Tensor) -> Tensor:
+        relevant = gradient.clamp(min=0) * probabilities
+        positive = gradient.clamp(min=0).sum((1, 2))
+        means = torch.where(positive > 0, relevant.sum((1, 2)) / positive, 0)
+        weighted = torch.einsum("h,hij->ij", torch.softmax(means / 0.5, 0), relevant)
+        sums = weighted.sum(1, keepdim=True)
+        matrices.append(torch.where(sums > 0, weighted / sums, 0))
+        prior = 2.718281828459045 ** (0.2 * (layers - len(matrices)))
+        strengths.append(gradient.sum(0).abs().sum() * prior)
+        return matrices[-1]
+
+    pruned_relevance(model, inputs, target, choose, matrix)
+    return running(len(matrices[0]), matrices[0]), counts

@@ -215,6 +215,30 @@ def test_a_pruned_sweep_that_keeps_everything_is_exact(memory: str) -> None:
     assert errors(found.rows, truth, targets).max() <= 1e-6
 
 
+@pytest.mark.parametrize("name", ["llama", "llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_a_pruned_sweep_equals_its_dense_definition(name: str, memory: str) -> None:
+    model, inputs = models.build(name, text=150)
+    targets = models.answer_targets(inputs, 0)[1:3]
+    exact = rows(model, inputs, targets)
+    pruned_somewhere = False
+    for target, truth_exact in zip(targets, exact, strict=True):
+        for tolerance in (0.1, 0.4):
+            truth, kept = oracle.pruned_glimpse_row(model, inputs, target, tolerance)
+            found = explain_rows(model, inputs, [target], method="glimpse", memory=memory, row_tolerance=tolerance)
+            assert found.certificate is not None
+            columns = truth.shape[0]
+            whole = [count > 0.6 * columns for count in kept]
+            if any(whole):
+                continue  # such layers are swept whole, which the definition does not know of
+            pruned_somewhere = True
+            assert found.certificate.rows_kept[0].tolist() == kept
+            assert errors(found.rows, truth[None], [target]).max() <= 1e-6
+            assert float(found.certificate.error[0]) > 0
+            assert errors(found.rows, truth_exact[None], [target]).max() > 1e-4, "nothing was lost"
+    assert pruned_somewhere
+
+
 def test_layers_below_the_share_are_not_visited() -> None:
     model, inputs, targets = deep(16)
     checked = check_targets(targets, inputs, None)

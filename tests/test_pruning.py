@@ -378,24 +378,38 @@ def test_what_a_layer_is_given_per_row(shape: tuple[int, ...]) -> None:
         assert torch.equal(found["position_ids"][..., number, :], expected[..., 0])
 
 
-def test_the_ledger_s_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ledger_s_sums() -> None:
     """One layer by hand, top layer first as a sweep goes; the other was swept whole."""
     norms = torch.tensor([[[3.0, 1.0, 0.0], [0.0, 2.0, 2.0]]])
     selection = Selection(torch.tensor([[[0], [2]]]), torch.ones(1, 2, dtype=torch.int64), norms)
     row = torch.tensor([[[1.0, 0.5, 0.0], [0.0, 1.0, 0.25]]])
     product = torch.tensor([[[0.2, 0.1, 0.0], [0.0, 0.4, 0.1]]])
-    ledger = Ledger()
-    ledger.enter(selection, row, product)
-    ledger.enter(None, row, product)
     finished = torch.tensor([[[1.5, 0.0, 0.0], [1.0, 1.0, 3.0]]])  # 0.5 and 4 were added to the self entry
     # Target 0: the kept row added 0.3 for row·norm = 3, the other has 0.5: 0.05 of 0.5 added. Target 1: 0.5 · 2 / 0.5.
     for factors, expected in (((1.0, 0.0), [0.1, 0.5]), ((0.0, 1.0), [0.125, 0.25]), ((2.0, 4.0), [0.7, 2.0])):
-        monkeypatch.setattr(pruning, "MISSING_FACTOR", factors[0])
-        monkeypatch.setattr(pruning, "DROPPED_FACTOR", factors[1])
+        ledger = Ledger(factors)
+        ledger.enter(selection, row, product)
+        ledger.enter(None, row, product)
         rows_kept, dropped, error = ledger.close(finished)
         torch.testing.assert_close(error, torch.tensor([expected]))
         assert rows_kept.tolist() == [[[3, 1], [3, 1]]]
         torch.testing.assert_close(dropped, torch.tensor([[[0.0, 0.25], [0.0, 0.5]]]))
+
+
+def test_rows_whose_sums_are_one_are_chosen_by_their_relevancy() -> None:
+    norms = torch.tensor([[[4.0, 1.0, 0.5, 0.0, 3.0]]])
+    own = torch.tensor([[[0.0, 0.0, 0.0, 0.0, 1.0]]])
+    row = own + torch.tensor([[[0.01, 0.02, 0.6, 5.0, 0.3]]])  # the row without a gradient adds nothing
+
+    def kept(tolerance: float) -> list[int]:
+        return select_rows(norms, tolerance, relevancy=row, own=own).rows[0, 0].tolist()
+
+    # Of the others row 2 has 0.6 of 0.63 of the relevancy, row 0 has 4 of 8.5 of the gradient, in the score's order.
+    assert kept(0.99) == [2, 4]
+    assert kept(0.1) == [0, 2, 4]
+    assert kept(0.0) == [0, 1, 2, 4]
+    alone = select_rows(torch.tensor([[[0.0, 0.0, 1.0]]]), 0.1, relevancy=own[..., 2:], own=own[..., 2:])
+    assert alone.rows.tolist() == [[[2]]], "no other row has a gradient"
 
 
 @pytest.mark.parametrize("method", ["chefer", "lvlm_interpret"])

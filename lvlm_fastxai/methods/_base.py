@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..pruning import Certificate, Ledger
+from ..pruning import DROPPED_FACTOR, MISSING_FACTOR, Certificate, Ledger
 from ..sharding import Ranks
 from ..sweep import Collect, LayerStep, Sweep
 from ..targets import Targets
@@ -42,6 +42,8 @@ class Method(ABC):
     # A method that reads no gradient lets the forward run without activations.
     needs_gradient: ClassVar[bool] = True
     options_type: ClassVar[type | None] = None
+    # What the two parts of a pruned sweep's error estimate count (`estimated_error`), calibrated for each method.
+    estimate: ClassVar[tuple[float, float]] = (MISSING_FACTOR, DROPPED_FACTOR)
     # Makes one gradient of all slots'; None where each has its own.
     collect: Collect | None = None
 
@@ -106,7 +108,7 @@ class Method(ABC):
         self, sweep: Sweep, scalars: Sequence[Tensor], slots: Sequence[Sequence[int]], tolerance: float, *, keep: bool
     ) -> tuple[Tensor, Ledger]:
         """(B, n, S) rows of ``slots`` after one descent, and what it kept."""
-        row, ledger = self.targets.start_rows(slots, sweep.logits.device, row_dtype(sweep)), Ledger()
+        row, ledger = self.targets.start_rows(slots, sweep.logits.device, row_dtype(sweep)), Ledger(self.estimate)
         collect = self.collect
 
         def running() -> Tensor:

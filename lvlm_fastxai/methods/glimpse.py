@@ -33,10 +33,6 @@ TRUNCATION = 1e-6
 # λ_d was tuned on a backbone with this many layers; "scaled" keeps the prior's shape over all layers.
 TUNED_LAYERS = 64
 
-# Of a pruned sweep's error: what the relevancy of left-out rows and the share of the gradient's norm that was left out
-# count; calibrated by `python -m benchmarks glimpse-pruned`.
-ESTIMATE = (1.7, 0.13)
-
 PROPAGATIONS = {"literal": 0.5, "identity": 1.0}  # how much of α_l a layer adds
 STATS_DOMAINS = ("full", "causal")
 ROUTES = ("one_sweep", "two_sweeps")
@@ -125,6 +121,8 @@ class Glimpse(Method):
 
     name: ClassVar[str] = "glimpse"
     options_type: ClassVar[type | None] = GlimpseOptions
+    # `python -m benchmarks pruned calibrate --method glimpse`
+    estimate: ClassVar[tuple[float, float]] = (1.7, 0.13)
 
     def __init__(
         self,
@@ -159,7 +157,7 @@ class Glimpse(Method):
             for _ in self._layers(sweep, first, scalars, tolerance, keep=True):
                 pass
             rows = _Rows(options, layers, start, 0, first)
-        ledger = Ledger(ESTIMATE)
+        ledger = Ledger(self.estimate)
         for step in self._layers(sweep, rows, scalars, tolerance, keep=keep):
             ledger.count(step.selection, start)
             self.advanced(len(scalars), layers - options.lowest(layers))

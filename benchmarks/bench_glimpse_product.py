@@ -1,0 +1,36 @@
+"""glimpse_product under pytest-benchmark: `pytest benchmarks/bench_glimpse_product.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks import op
+from lvlm_fastxai import ops
+
+COEFFICIENTS = 7  # rows that a sweep with a literal propagation carries
+
+
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+@pytest.mark.parametrize("name", op.CASES)
+def test_glimpse_product(benchmark: Any, name: str, backend: str) -> None:
+    import torch
+
+    reason = ops.backends("relevancy_product")[backend]
+    if reason is not None or backend == "cuda":
+        pytest.skip(reason or "the shapes are built on the CPU")
+    (*tensors, row), options = op.build(op.CASES[name])
+    heads = tensors[0].shape[1]
+    row = row[:, :, None].expand(-1, -1, COEFFICIENTS, -1)
+    weights = torch.full((*row.shape[:2], heads), 1 / heads)
+    sums = torch.ones(*row.shape[:2], heads, row.shape[-1])
+    benchmark.group = name
+    benchmark.pedantic(
+        ops.glimpse_product,
+        (*tensors, row, weights, sums),
+        {**options, "backend": backend},
+        rounds=5,
+        warmup_rounds=1,
+        iterations=1,
+    )

@@ -1,0 +1,204 @@
+"""GLIMPSE against chefer: time per target, several targets in one call, peak memory.
+
+Time: chefer and every variant take turns in one process; ratios are taken within a round, medians over the rounds.
+``sweep``: what a target costs once the forward has run, the figure that an answer's length multiplies. ``call``: one
+target from the start, forward and all. ``together``: 16 targets in one call over 16 calls of one. Memory: each in a
+process of its own, lean mode, peak resident memory above what the loaded model takes.
+
+Predictions (decoder 8 x 1024, 16 heads x 64, fp32), in causal products of one layer's S x S attention, S²·1024
+operations: chefer's backward with the product along the way takes 5, at the rate of `attention_backward_relevancy`.
+GLIMPSE takes the same 5, then 3 for the sums (the gradient's product over all columns, not half of them), then 2 for
+the weighted product: 10. With the layer's linear products, 24 times S·1024² operations, at 140 GFLOP/s and what the
+operators take alone (19 + 7 ms at S = 704, 124 + 52 at 2048, sums one and a half times a product): sweep 1.13 at S =
+704 and 1.26 at 2048; call 1.06 and 1.14. 16 targets together: one forward for 16, 0.65. Memory as chefer's, but for dO,
+which chefer's fused backward never gathers: at most 1.05.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import machine
+from .end_to_end import Case, build
+
+CASES = {
+    "decoder-704": Case(8, 1024, 16, 16, 2816, 704),
+    "decoder-2048": Case(8, 1024, 16, 16, 2816, 2048),
+    # A few layers more than the polynomial has terms, and grouped heads: SmolLM2-135M's decoder.
+    "smollm2-135m-1024": Case(30, 576, 9, 3, 1536, 1024),
+}
+# name: method, options, chefer's rows too
+VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "chefer": ("chefer", {}, False),
+    "glimpse": ("glimpse", {}, False),
+    "glimpse_causal": ("glimpse", {"stats_domain": "causal"}, False),
+    "glimpse_and_chefer": ("glimpse", {}, True),
+    "glimpse_top_0.6": ("glimpse", {"layers": "top:0.6"}, False),
+    "glimpse_two_sweeps": ("glimpse", {"route": "two_sweeps"}, False),
+}
+TOGETHER = 16
+
+
+def explain(variant: str, model: Any, inputs: Any, targets: Any, memory: str = "fast") -> Callable[[], object]:
+    """The whole call."""
+    import lvlm_fastxai as fx
+    from lvlm_fastxai.relevancy import explain_rows
+
+    method, options, compare = VARIANTS[variant]
+    chosen = fx.GlimpseOptions(**options) if method == "glimpse" else None
+    return lambda: (
+        explain_rows(model, inputs, targets, method=method, options=chosen, compare=compare, memory=memory).rows
+    )
+
+
+def sweep_seconds(variant: str, model: Any, inputs: Any, targets: Any, device: str) -> float:
+    """Of the sweep alone."""
+    import lvlm_fastxai as fx
+    from lvlm_fastxai import methods
+    from lvlm_fastxai.sweep import Sweep
+    from lvlm_fastxai.targets import check_targets
+
+    method, options, compare = VARIANTS[variant]
+    checked = check_targets(targets, inputs, None)
+    run: Any = methods.find(method)(
+        checked, inputs, None, fx.GlimpseOptions(**options) if method == "glimpse" else None
+    )
+    if compare:
+        run.compare = True
+    with Sweep(model, inputs, checked.row_table()) as sweep:
+        return machine.seconds(lambda: run.rows(sweep), device)
+
+
+def measure_time(case: Case, variants: list[str], rounds: int, device: str) -> dict[str, dict[str, Any]]:
+    """Median seconds of sweep and call, and their ratios to chefer's of the same round."""
+    model, inputs, targets = build(case, device)
+    timers: dict[str, Callable[[str], float]] = {
+        "sweep": lambda variant: sweep_seconds(variant, model, inputs, targets, device),
+        "call": lambda variant: machine.seconds(explain(variant, model, inputs, targets), device),
+    }
+    taken: dict[str, dict[str, list[float]]] = {variant: {name: [] for name in timers} for variant in variants}
+    for number in range(rounds + 1):
+        for variant in variants:
+            for name, timer in timers.items():
+                found = timer(variant)
+                if number:  # the first round warms up
+                    taken[variant][name].append(found)
+    return {
+        variant: {name: summarise(times, taken["chefer"][name]) for name, times in of_variant.items()}
+        for variant, of_variant in taken.items()
+    }
+
+
+def measure_together(case: Case, variants: list[str], rounds: int, device: str) -> dict[str, dict[str, float]]:
+    """Seconds of one call for all targets, and its ratio to as many calls of one in the same round."""
+    model, inputs, targets = build(replace(case, targets=TOGETHER), device)
+    found = {}
+    for variant in variants:
+        whole = explain(variant, model, inputs, targets)
+        single = [explain(variant, model, inputs, [target]) for target in targets]
+        whole()
+        together, apart = [], []
+        for _ in range(rounds):
+            together.append(machine.seconds(whole, device))
+            apart.append(sum(machine.seconds(call, device) for call in single))
+        found[variant] = summarise(together, apart)
+    return found
+
+
+def summarise(times: list[float], base: list[float]) -> dict[str, float]:
+    ratios = [a / b for a, b in zip(times, base, strict=True)]
+    return {
+        "seconds": statistics.median(times),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
+
+
+def _memory_worker(name: str, variant: str, targets: str, device: str) -> int:
+    model, inputs, explained = build(replace(CASES[name], targets=int(targets)), device)
+    # The second run is measured: what libraries and thread pools keep for good is not part of an explanation.
+    explain(variant, model, inputs, explained, "lean")()
+    return machine.peak_extra_bytes(explain(variant, model, inputs, explained, "lean"), device)
+
+
+def measure_memory(name: str, variants: list[str], targets: int, device: str) -> dict[str, Any]:
+    """Peak extra bytes in lean mode, and their ratio to chefer's."""
+    found = {
+        variant: machine.in_fresh_process("benchmarks.glimpse", name, variant, str(targets), device)
+        for variant in variants
+    }
+    base = found["chefer"]
+    return {
+        variant: {
+            "extra_bytes": size,
+            "ratio": size / base if isinstance(size, int) and isinstance(base, int) else None,
+        }
+        for variant, size in found.items()
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--case", action="append", choices=CASES, help="repeatable; default the two decoders of 8 layers"
+    )
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="repeatable; default all")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--together-rounds", type=int, default=3, help="0 leaves the 16 targets out")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="results file (JSON)")
+
+
+def main(args: argparse.Namespace) -> int:
+    import torch
+
+    torch.set_num_threads(args.threads)
+    variants = args.variant or list(VARIANTS)
+    variants = variants if "chefer" in variants else ["chefer", *variants]
+    head = machine.describe()
+    results: dict[str, Any] = {}
+    for name in args.case or ["decoder-704", "decoder-2048"]:
+        case = CASES[name]
+        figures: dict[str, Any] = {"case": case.__dict__ | {}}
+        figures["time"] = measure_time(case, variants, args.rounds, args.device)
+        two = [variant for variant in variants if variant in ("chefer", "glimpse")]
+        if args.together_rounds:
+            figures["together"] = measure_together(case, two, args.together_rounds, args.device)
+        if not args.no_memory:
+            figures["memory"] = {str(count): measure_memory(name, two, count, args.device) for count in (1, TOGETHER)}
+        results[name] = figures
+        print(table(name, figures), flush=True)
+        if args.out:
+            machine.write_results(args.out, head, results)
+    return 0
+
+
+def table(name: str, figures: dict[str, Any]) -> str:
+    """One case as text."""
+    lines = [name, f"  {'variant':22}{'sweep s':>9}{'x chefer':>10}{'call s':>9}{'x chefer':>10}"]
+    for variant, of in figures["time"].items():
+        lines.append(
+            f"  {variant:22}{of['sweep']['seconds']:9.3f}{of['sweep']['ratio']:10.3f}{of['call']['seconds']:9.3f}"
+            f"{of['call']['ratio']:10.3f}"
+        )
+    for variant, found in figures.get("together", {}).items():
+        lines.append(f"  {variant}: {TOGETHER} targets {found['seconds']:.2f} s, {found['ratio']:.3f} of single calls")
+    for count, of_count in figures.get("memory", {}).items():
+        for variant, found in of_count.items():
+            size = found["extra_bytes"]
+            shown = size if isinstance(size, str) else f"{size / 2**20:.1f} MiB, {found['ratio']:.3f} of chefer's"
+            lines.append(f"  {variant}, lean, {count} target(s): {shown}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    worker = argparse.ArgumentParser()
+    worker.add_argument("--worker", nargs=4, required=True, metavar=("CASE", "VARIANT", "TARGETS", "DEVICE"))
+    print(_memory_worker(*worker.parse_args().worker))
