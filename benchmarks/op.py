@@ -1,14 +1,16 @@
-"""relevancy_product against its dense twin and against this machine's own fp32 matrix-product rate.
+"""An operator against its dense twin and against this machine's own fp32 matrix-product rate.
 
-Time: ours, the twin and a large torch.mm take turns in one process; ratios are taken within a round, medians over the
-rounds. Operations are counted as the mask needs them: 2·d for the score and 2·d for the gradient of each visible entry,
-4·S²·d·H/2 for a causal square. Memory: each in a process of its own, peak resident memory above what the inputs take.
+Time: ours, the twin and a large torch.mm take turns in one process, and relevancy_product where another operator is
+measured; ratios are taken within a round, medians over the rounds. Operations are counted as the mask needs them: 2·d
+for the score and 2·d for the gradient of each visible entry, 4·S²·d·H/2 for a causal square; glimpse_statistics takes
+the gradient of every entry, 6·S²·d·H/2. Memory: each in a process of its own, peak resident memory above what the
+inputs take.
 
-Predictions for the AVX-512 kernel at d = 128, from its instruction counts, before it was first run: a tile of 8 rows
-by 48 keys does 24 multiply-adds for 11 loads, so the multiply-adds bound it; exponential, rectification and column sums
-add about 5 % of that and packing keys and values 2 to 4 %, so nine tenths of the multiply-add bound, above 75 % of
-torch.mm. bf16 is widened while packing, so it should cost what fp32 costs. Extra memory: H·Sk floats of partial sums
-and a quarter of a megabyte a thread.
+Predictions for relevancy_product's AVX-512 kernel at d = 128, from its instruction counts, before it was first run: a
+tile of 8 rows by 48 keys does 24 multiply-adds for 11 loads, so the multiply-adds bound it; exponential, rectification
+and column sums add about 5 % of that and packing keys and values 2 to 4 %, so nine tenths of the multiply-add bound,
+above 75 % of torch.mm. bf16 is widened while packing, so it should cost what fp32 costs. Extra memory: H·Sk floats of
+partial sums and a quarter of a megabyte a thread. Those for glimpse_statistics stand in its own benchmark.
 """
 
 from __future__ import annotations
@@ -53,7 +55,12 @@ CASES = {
     "paligemma-3b-512": Case(8, 1, 512, 256, causal=False),
     # What a pruned sweep asks for: few rows against all keys.
     "llava-1.5-7b-2048-100-rows": Case(32, 32, 2048, 128, rows=100),
+    # Layers of the decoders that the end-to-end suites explain.
+    "decoder-704": Case(16, 16, 704, 64),
+    "decoder-2048": Case(16, 16, 2048, 64),
+    "decoder-2048-4-key-heads": Case(16, 4, 2048, 64),
 }
+OPERATORS = ("relevancy_product", "glimpse_statistics")
 DEFAULT = ("llava-1.5-7b-1536", "llava-1.5-7b-1536-bf16", "llava-1.5-7b-704")
 
 
@@ -89,81 +96,87 @@ def build(case: Case, device: str = "cpu") -> tuple[tuple[Any, ...], dict[str, A
     return (query, key, value, grad_output, logsumexp, weight), {"key_ranges": ranges}
 
 
-def operations(case: Case, ranges: Any) -> float:
-    """Floating-point operations of the two products on the visible entries."""
-    visible = (ranges[..., 1] - ranges[..., 0]).clamp(min=0).sum().item()
-    return 2.0 * case.width * case.heads * visible * (1 + case.targets)
+def operations(case: Case, ranges: Any, operator: str = "relevancy_product") -> float:
+    """Floating-point operations of the two products: on the visible entries, or the gradient's on every one."""
+    start, end = ranges.unbind(-1)
+    visible = gradients = (end - start).clamp(min=0).sum().item()
+    if operator == "glimpse_statistics":
+        gradients = (start < end).sum().item() * case.keys
+    return 2.0 * case.width * case.heads * (visible + gradients * case.targets)
 
 
-def measure_time(name: str, rounds: int, backend: str | None) -> dict[str, float]:
+def call(operator: str, arguments: tuple[Any, ...], **options: Any) -> object:
+    """The operator on what `build` gives; glimpse_statistics weights no rows."""
+    from lvlm_fastxai import ops
+
+    return getattr(ops, operator)(*arguments[: 5 if operator == "glimpse_statistics" else 6], **options)
+
+
+def measure_time(operator: str, name: str, rounds: int, backend: str | None) -> dict[str, float]:
     """Medians over the rounds of one case."""
     import torch
-
-    from lvlm_fastxai import ops
 
     case = CASES[name]
     arguments, options = build(case)
     square = torch.randn(MATRIX, MATRIX)
     calls: dict[str, Callable[[], object]] = {
         "matrix_product": lambda: square @ square,
-        "ours": lambda: ops.relevancy_product(*arguments, **options, backend=backend),
+        "ours": lambda: call(operator, arguments, **options, backend=backend),
     }
+    if operator != "relevancy_product":
+        calls["relevancy_product"] = lambda: call("relevancy_product", arguments, **options, backend=backend)
     if case.twin:
-        calls["twin"] = lambda: ops.relevancy_product(*arguments, **options, backend="reference")
+        calls["twin"] = lambda: call(operator, arguments, **options, backend="reference")
     if case.dtype != "float32":
         wide = tuple(tensor.float() for tensor in arguments)
-        calls["float32"] = lambda: ops.relevancy_product(*wide, **options, backend=backend)
+        calls["float32"] = lambda: call(operator, wide, **options, backend=backend)
     seconds: dict[str, list[float]] = {variant: [] for variant in calls}
     for index in range(rounds + 1):
-        for variant, call in calls.items():
-            elapsed = machine.seconds(call, "cpu")
+        for variant, run_variant in calls.items():
+            elapsed = machine.seconds(run_variant, "cpu")
             if index > 0:  # the first round fills caches and thread pools
                 seconds[variant].append(elapsed)
 
     def ratio(numerator: str, denominator: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True))
 
-    work = operations(case, options["key_ranges"])
+    work = operations(case, options["key_ranges"], operator)
     figures = {f"{variant}_seconds": statistics.median(values) for variant, values in seconds.items()}
     figures["gflops"] = work / figures["ours_seconds"] / 1e9
     figures["matrix_product_gflops"] = 2 * MATRIX**3 / figures["matrix_product_seconds"] / 1e9
     figures["share_of_matrix_product_rate"] = ratio("matrix_product", "ours") * work / (2 * MATRIX**3)
     if "twin" in calls:
         figures["speedup_over_twin"] = ratio("twin", "ours")
+    if "relevancy_product" in calls:
+        figures["time_over_relevancy_product"] = ratio("ours", "relevancy_product")
     if "float32" in calls:
         figures["time_over_float32"] = ratio("ours", "float32")
     return figures
 
 
-def measure_memory(name: str, variant: str, threads: int) -> int | str:
+def measure_memory(operator: str, name: str, variant: str, threads: int) -> int | str:
     """Peak bytes that one call adds, in a fresh process."""
-    return machine.in_fresh_process("benchmarks.op", name, variant, str(threads))
+    return machine.in_fresh_process("benchmarks.op", operator, name, variant, str(threads))
 
 
-def _memory_worker(name: str, variant: str, threads: int) -> int:
+def _memory_worker(operator: str, name: str, variant: str, threads: int) -> int:
     import torch
-
-    from lvlm_fastxai import ops
 
     torch.set_num_threads(threads)
     arguments, options = build(CASES[name])
-    backend = "reference" if variant == "twin" else None
-
-    def call() -> object:
-        return ops.relevancy_product(*arguments, **options, backend=backend)
-
-    call()  # what libraries and thread pools keep for good is not part of a call
-    return machine.peak_extra_bytes(call, "cpu")
+    options["backend"] = "reference" if variant == "twin" else None
+    call(operator, arguments, **options)  # what libraries and thread pools keep for good is not part of a call
+    return machine.peak_extra_bytes(lambda: call(operator, arguments, **options), "cpu")
 
 
-def run(names: list[str], rounds: int, threads: int, backend: str | None) -> dict[str, Any]:
+def run(operator: str, names: list[str], rounds: int, threads: int, backend: str | None) -> dict[str, Any]:
     """All figures of the named cases."""
     results: dict[str, Any] = {}
     for name in names:
-        figures: dict[str, Any] = measure_time(name, rounds, backend)
-        figures["extra_bytes"] = measure_memory(name, "ours", threads)
+        figures: dict[str, Any] = measure_time(operator, name, rounds, backend)
+        figures["extra_bytes"] = measure_memory(operator, name, "ours", threads)
         if CASES[name].twin:
-            figures["twin_extra_bytes"] = measure_memory(name, "twin", threads)
+            figures["twin_extra_bytes"] = measure_memory(operator, name, "twin", threads)
             figures["memory_over_twin"] = figures["extra_bytes"] / figures["twin_extra_bytes"]
         results[name] = {"case": asdict(CASES[name]), **figures}
         print(f"{name}\n" + "\n".join(f"  {key:30}{value:14.4g}" for key, value in figures.items()), flush=True)
@@ -171,6 +184,7 @@ def run(names: list[str], rounds: int, threads: int, backend: str | None) -> dic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--operator", choices=OPERATORS, default=OPERATORS[0])
     parser.add_argument("--case", action="append", choices=[*CASES, "all"], help="repeatable; default LLaVA-1.5-7B's")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
@@ -185,7 +199,7 @@ def main(args: argparse.Namespace) -> int:
     names = args.case or list(DEFAULT)
     names = list(CASES) if "all" in names else names
     head = machine.describe()
-    results = run(names, args.rounds, args.threads, args.backend)
+    results = run(args.operator, names, args.rounds, args.threads, args.backend)
     if args.out:
         machine.write_results(args.out, head, results)
     return 0
@@ -193,6 +207,6 @@ def main(args: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     worker = argparse.ArgumentParser()
-    worker.add_argument("--worker", nargs=3, required=True)
-    case_name, kind, thread_count = worker.parse_args().worker
-    print(_memory_worker(case_name, kind, int(thread_count)))
+    worker.add_argument("--worker", nargs=4, required=True)
+    operator_name, case_name, kind, thread_count = worker.parse_args().worker
+    print(_memory_worker(operator_name, case_name, kind, int(thread_count)))
