@@ -9,6 +9,7 @@ Random weights have no concentrated gradients, so ``pruned`` (ε = 0.1) keeps mo
 forces the share of rows that real weights need (docs/pruned-sweep.md: 1 to 6 %), an assumption about the model, not a
 measurement: it shows what such a sweep costs, and its map means nothing. ``…_fused`` takes
 `attention_backward_relevancy` for every layer, whatever `lvlm_fastxai.attention.FUSED_RATIO` knows of the backend.
+``glimpse…`` is that method in the place of chefer.
 
 Predictions, written before the first run (decoder 8 x 1024, 16 heads, S = 704, fp32, one target): a layer's matrix
 products are 18 GFLOP each way, its attention 1.0 forward and 2.5 backward, the relevancy product 1.0. So fast mode
@@ -68,6 +69,8 @@ CASES = {
 DEFAULT_VARIANTS = ("forward", "forward_backward", "fast", "lean", "min", "eager", "eager_as_published")
 FUSED = ("fast_fused", "pruned_5_percent_fused")
 VARIANTS = (*DEFAULT_VARIANTS, "pruned", "pruned_5_percent", *FUSED)
+# With default options; `benchmarks.glimpse` has the others.
+GLIMPSE = ("glimpse", "glimpse_lean", "glimpse_pruned_5_percent")
 
 
 def build(case: Case, device: str) -> tuple[Any, dict[str, Any], list[tuple[int, int, int]]]:
@@ -232,6 +235,16 @@ def work(variant: str, model: Any, inputs: dict[str, Any], targets: list[tuple[i
         with forced_rows(FORCED_SHARE):
             return pruned()
 
+    def glimpse(**how: Any) -> Any:
+        return fx.relevancy_rows(model, inputs, targets, method="glimpse", **how)
+
+    def glimpse_lean() -> Any:
+        return glimpse(memory="lean")
+
+    def glimpse_pruned_5_percent() -> Any:
+        with forced_rows(FORCED_SHARE):
+            return glimpse(row_tolerance=ROW_TOLERANCE)
+
     def fast_fused() -> Any:
         with forced_fused():
             return fx.relevancy_rows(model, inputs, targets)
@@ -247,6 +260,9 @@ def work(variant: str, model: Any, inputs: dict[str, Any], targets: list[tuple[i
         "eager_as_published": eager_as_published,
         "pruned": pruned,
         "pruned_5_percent": pruned_5_percent,
+        "glimpse": glimpse,
+        "glimpse_lean": glimpse_lean,
+        "glimpse_pruned_5_percent": glimpse_pruned_5_percent,
         "fast_fused": fast_fused,
         "pruned_5_percent_fused": pruned_5_percent_fused,
     }
@@ -338,7 +354,9 @@ def table(name: str, result: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", action="append", choices=CASES, help="repeatable; default decoder-704")
-    parser.add_argument("--variant", action="append", choices=VARIANTS, help="repeatable; default the exact ones")
+    parser.add_argument(
+        "--variant", action="append", choices=(*VARIANTS, *GLIMPSE), help="repeatable; default the exact ones"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")

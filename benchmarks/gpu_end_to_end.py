@@ -5,8 +5,8 @@ both memory and time: one variant after the other, since the eager ones fill the
 more at the end, for the drift. Memory is the peak above the weights and the input embeddings. A variant that does not
 fit is recorded as such. Before each variant the allocator gives back what it holds.
 
-``difference`` of a variant's rows from `fast`'s, without the self entries, relative L1: rounding, apart from the pruned
-ones. A bf16 model's own rounding is of the order of 1e-2 (docs/pruned-sweep.md).
+``difference`` of a variant's rows from `fast`'s (`glimpse…`: from `glimpse`'s), without the self entries, relative L1:
+rounding, apart from the pruned ones. A bf16 model's own rounding is of the order of 1e-2 (docs/pruned-sweep.md).
 
 The image's tokens are given as embeddings, as a vision tower's output would be; the tower is not run.
 """
@@ -31,6 +31,7 @@ SECONDS_OF_ONE = 2.5
 
 FURTHER = ("forward_backward", "fast", "lean", "pruned_5_percent", *end_to_end.FUSED)
 WITHOUT_EAGER = tuple(variant for variant in VARIANTS if not variant.startswith("eager"))
+OF_GLIMPSE = ("forward_backward", "fast", "lean", "pruned_5_percent", *end_to_end.GLIMPSE)
 # Backward of all 32768 columns keeps every layer's activations, which is more than any GPU has.
 LONGEST = ("forward_backward", "forward", "lean")
 
@@ -45,6 +46,12 @@ def qwen_7b(columns: int, targets: int = 1) -> Case:
     return Case(28, 3584, 28, 4, 18944, columns, targets, "bfloat16", "Qwen2", 152064)
 
 
+def qwen3_8b(columns: int, targets: int = 1) -> Case:
+    """The sizes of Qwen3-VL-8B's language model (36 layers, 32 query and 8 key heads of 128): what a published exact
+    implementation of GLIMPSE reports its times and memory for."""
+    return Case(36, 4096, 32, 8, 12288, columns, targets, "bfloat16", "Qwen3", 151936)
+
+
 # The most wanted first, those of one decoder in a row: they share a model.
 CASES = {
     "llava-1.5-7b-2400": (llava_7b(2400), VARIANTS),
@@ -57,12 +64,19 @@ CASES = {
     "qwen2.5-vl-7b-2400-5-targets": (qwen_7b(2400, targets=5), FURTHER),
     "qwen2.5-vl-7b-8192": (qwen_7b(8192), WITHOUT_EAGER),
     "qwen2.5-vl-7b-32768": (qwen_7b(32768), LONGEST),
+    "qwen3-vl-8b-2400": (qwen3_8b(2400), OF_GLIMPSE),
+    "qwen3-vl-8b-2400-8-targets": (qwen3_8b(2400, targets=8), OF_GLIMPSE),
+    "qwen3-vl-8b-1200": (qwen3_8b(1200), OF_GLIMPSE),
+    "qwen3-vl-8b-1200-8-targets": (qwen3_8b(1200, targets=8), OF_GLIMPSE),
+    "qwen3-vl-8b-450": (qwen3_8b(450), OF_GLIMPSE),
+    "qwen3-vl-8b-450-8-targets": (qwen3_8b(450, targets=8), OF_GLIMPSE),
 }
 # The same code on any machine, in seconds.
 REHEARSED_CASES = {
     "llava-1.5-7b-2400": (Case(2, 32, 2, 2, 48, 40, 1, "bfloat16", "Llama", 64), VARIANTS),
     "llava-1.5-7b-2400-5-targets": (Case(2, 32, 2, 2, 48, 40, 5, "bfloat16", "Llama", 64), FURTHER),
     "qwen2.5-vl-7b-2400": (Case(2, 32, 4, 2, 48, 40, 1, "bfloat16", "Qwen2", 64), WITHOUT_EAGER),
+    "qwen3-vl-8b-2400-8-targets": (Case(2, 32, 4, 2, 48, 40, 8, "bfloat16", "Qwen3", 64), OF_GLIMPSE),
 }
 
 
@@ -111,8 +125,9 @@ def measure(
             if not isinstance(found["seconds"], str):
                 found["time_ratio"] = found["seconds"] / base["seconds"]
     for variant, found in figures.items():
-        if variant in rows and "fast" in rows:
-            found["difference"] = ((rows[variant] - rows["fast"]).abs().sum() / rows["fast"].abs().sum()).item()
+        of = "glimpse" if variant.startswith("glimpse") else "fast"
+        if variant in rows and of in rows:
+            found["difference"] = ((rows[variant] - rows[of]).abs().sum() / rows[of].abs().sum()).item()
     end_to_end.add_memory_ratios(figures)
     return figures
 
@@ -148,7 +163,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rehearse", action="store_true", help="tiny models")
     parser.add_argument("--case", action="append", choices=CASES, help="repeatable; default all")
-    parser.add_argument("--variant", action="append", choices=VARIANTS, help="repeatable; default the case's")
+    choices = (*VARIANTS, *end_to_end.GLIMPSE)
+    parser.add_argument("--variant", action="append", choices=choices, help="repeatable; default the case's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3600.0, help="nothing is begun after this time")
     parser.add_argument("--out", type=Path, help="results file (JSON), rewritten after every case")

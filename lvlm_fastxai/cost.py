@@ -176,8 +176,10 @@ def estimate_cost(
     step = _Work(0.0, (decoder_weights + head_weights) * item, layers * CALLS_PER_LAYER + CALLS_PER_STEP)
     backward = _Work()
     if needs_gradient:
-        # Products with the frozen weights, flash attention's backward, and the relevancy product.
-        products = 2 * decoder_weights * total + (ATTENTION_BACKWARD + 1) * attention(total)
+        # Products with the frozen weights, flash attention's backward, and the relevancy product; `glimpse` has its
+        # sums besides, whose gradients are multiplied for all columns and not for half of them.
+        passes = 1 + (1.5 if method == "glimpse" else 0)
+        products = 2 * decoder_weights * total + (ATTENTION_BACKWARD + passes) * attention(total)
         whole = _Work(products, calls=layers * BACKWARD_CALLS_PER_LAYER) * answer_length
         # "auto" may try in vain; at most, all of its attempts are made.
         for tolerance in tried:

@@ -80,6 +80,42 @@ def test_explain_writes_report_json_and_pictures(run, checkpoint, picture, tmp_p
     assert stored["model"]["name"] == checkpoint.name
 
 
+def test_options_of_glimpse_reach_the_method_and_the_command(run, checkpoint, picture, tmp_path):
+    code, text, err = run(
+        "explain", picture, QUESTION, "--model", checkpoint, "--max-new-tokens", 4, "--out", tmp_path,
+        "--method", "glimpse", "--propagation", "identity", "--stats-domain", "causal", "--depth-rate", "scaled",
+        "--head-temperature", 0.7, "--layers", "top:0.5", "--tokens", "top:2",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "2 of 4 tokens explained" in text
+    stored = json.loads((tmp_path / "explanation.json").read_text(encoding="utf-8"))
+    assert stored["options"] == {
+        "propagation": "identity",
+        "stats_domain": "causal",
+        "head_temperature": 0.7,
+        "depth_rate": "scaled",
+        "layers": "top:0.5",
+        "route": "one_sweep",
+    }
+    assert len(stored["tokens"]) == len(stored["untouched"]) == 2
+    for option in ("--layers top:0.5", "--depth-rate scaled", "--tokens top:2", "--head-temperature 0.7"):
+        assert option in stored["command"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "top:0.5"], "an option of --method glimpse, not of chefer"),
+        (["--method", "glimpse", "--layers", "half"], "layers: expected"),
+        (["--method", "glimpse", "--depth-rate", "steep"], "expected 'scaled' or a number"),
+        (["--method", "glimpse", "--head-temperature", "0"], "head_temperature: expected"),
+        (["--tokens", "most"], "tokens: expected"),
+    ],
+)
+def test_wrong_options_are_told_before_a_model_is_loaded(run, picture, tmp_path, options, message):
+    expect_one_line(run("explain", picture, QUESTION, "--model", tmp_path / "none", *options), message)
+
+
 def test_explain_as_json(run, checkpoint, picture, tmp_path):
     code, text, err = run(
         "explain", picture, QUESTION, "--model", checkpoint, "--max-new-tokens", 1, "--out", tmp_path, "--json",
