@@ -14,7 +14,7 @@ SUITES = {
     "gpu-end-to-end": ("benchmarks.gpu_end_to_end", "whole explanations of 7B models on a GPU"),
     "gpu-launch": ("benchmarks.gpu_launch", "every operator's kernels once: smoke test, sanitizer, profiler"),
     "gpu-op": ("benchmarks.gpu_op", "the operators on a GPU, against their twins and two measured limits"),
-    "op": ("benchmarks.op", "relevancy_product against its dense twin and this machine's matrix-product rate"),
+    "op": ("benchmarks.op", "an operator against its dense twin and this machine's matrix-product rate"),
     "pruned": ("benchmarks.pruned", "what the pruned sweep leaves out, what it saves, and how well it knows"),
     "real-lvlm": ("benchmarks.real_lvlm", "train and evaluate the LVLM of DINOv2-small and SmolLM2 that `pruned` uses"),
     "summary": ("benchmarks.summary", "the results files as the README's table and a plot"),

@@ -85,7 +85,8 @@ def key_ranges(
 
 def real_columns(key_ranges: Tensor) -> Tensor:
     """(B, 2) int32: the smallest range of keys that contains those of every row, out of (B, Sq, 2); (0, 0) without."""
-    start, end = key_ranges.to(torch.int32).unbind(-1)
+    # One row more, which sees nothing: there may be none.
+    start, end = torch.nn.functional.pad(key_ranges.to(torch.int32), (0, 0, 0, 1)).unbind(-1)
     seen = start < end
     first = start.masked_fill(~seen, torch.iinfo(torch.int32).max).amin(1)
     last = end.masked_fill(~seen, 0).amax(1)
