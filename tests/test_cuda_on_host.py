@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, Case, as_view, make_case, relative_error
+from cases import DTYPES, LAYOUTS, Case, as_view, logsumexp, make_case, relative_error
 from test_build import compiler, run
 from torch import Tensor
 
@@ -252,15 +252,17 @@ def test_rows_shared_among_blocks(dtype: torch.dtype, product: Kernels) -> None:
     assert not torch.equal(product(case, multiprocessors=5)[0], product(case)[0])
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("domain", ["full", "causal"])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_keys_shared_among_blocks(dtype: torch.dtype, causal: bool, statistics: Kernels) -> None:
-    """Seven blocks for each 128 rows, of which some have nothing to do for the first rows of the causal domain."""
-    domain = replace(statistics, domain="causal" if causal else "full")
-    case = make_case(batch=1, heads=3, key_heads=1, queries=300, keys=600, causal=causal, dtype=dtype)
-    assert_accurate(domain, case, multiprocessors=5)
-    assert_accurate(domain, case)
-    assert not torch.equal(domain(case, multiprocessors=5)[0], domain(case)[0])
+def test_keys_shared_among_blocks(dtype: torch.dtype, domain: str, statistics: Kernels) -> None:
+    """More keys than the least number of blocks takes on with one tile each, and rows that see few of them."""
+    kernels = replace(statistics, domain=domain)
+    case = make_case(heads=2, key_heads=1, queries=130, keys=1200, width=24, dtype=dtype)
+    case.ranges[:, :100] = case.ranges[:, :100].clamp(max=300)
+    case = replace(case, logsumexp=logsumexp(case))
+    assert_accurate(kernels, case)
+    assert_accurate(kernels, case, multiprocessors=9)
+    assert not torch.equal(kernels(case, multiprocessors=9)[0], kernels(case)[0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())

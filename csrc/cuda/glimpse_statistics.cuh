@@ -4,8 +4,7 @@
 // Three kernels, of which the first runs twice, and nothing between them but the stream's order:
 //   outline_tiles            what every tile of query rows sees, and what it sums over
 //   glimpse_statistics_rows  one block per (rows, share of the keys, sample and target): goes through the heads for
-//   each
-//                            of its tiles, so that Σ_h dP stays in registers until its magnitude is taken
+//                            each of its tiles, so that Σ_h dP stays in registers until its magnitude is taken
 //   add_statistics           adds the shares and the rows up, always in the same order: the same bits every time
 #pragma once
 
@@ -23,6 +22,11 @@ struct StatisticsPlan {
   RowShape shape;
 };
 
+// Blocks that share a block of rows have consecutive numbers. So the 264 blocks that an H100 runs at a time go through
+// the queries of 16 or 17 blocks of rows together, and the L2 cache serves all but the first of 16 readers. With all
+// rows at once and one tile of keys, S = 32768 would read a query 512 times from device memory in place of 32.
+constexpr int kLeastSplits = 16;
+
 // Over the keys of one share, of one row of one head.
 struct RowSums {
   float product;   // Σ_j max(0, P_ij·dP_ij)
@@ -37,41 +41,48 @@ struct Entries {
   uint64_t counted;  // of dP, in gradient sums and the norm
 };
 
+// (H, S, d) of one sample.
+template <typename T>
+struct Heads {
+  const T* data;
+  int64_t head_stride, row_stride;
+  int count;  // of rows
+
+  __device__ Rows<T> rows(int head, int first) const {
+    return rows_from<T>(data, head * head_stride, row_stride, first, count);
+  }
+};
+
 // What a block multiplies, in this order: for each of its tiles of keys, for each head, the queries by the keys, if any
 // of the rows sees any of them, and the gradients by the values.
 template <typename T, int kKeys>
 struct HeadSource {
-  const GlimpseStatistics& problem;
-  int b, n, first_row;
-  int seen_first, seen_last;  // keys that some of the rows see
-  int key, last_key, step;    // of the tiles
+  Heads<T> query, key, grad_output, value;
+  int heads, group;  // heads of a key head
+  int first_row;
+  int seen_first, seen_last;      // keys that some of the rows see
+  int first_key, last_key, step;  // of the tiles
   int head = 0;
-  bool gradient = !sees(key);
+  bool gradient = !sees(first_key);
 
-  __device__ bool sees(int first_key) const { return seen_first < first_key + kKeys && seen_last > first_key; }
+  __device__ bool sees(int tile) const { return seen_first < tile + kKeys && seen_last > tile; }
 
-  __device__ bool more() const { return key < last_key; }
+  __device__ bool more() const { return first_key < last_key; }
 
   __device__ Sides<T> sides() const {
-    const GlimpseStatistics& p = problem;
-    const int key_head = head / static_cast<int>(p.heads / p.key_heads);
-    if (gradient) {
-      return {
-          rows_from<T>(p.grad_output, b * p.grad_stride[0] + n * p.grad_stride[1] + head * p.grad_stride[2],
-                       p.grad_stride[3], first_row, p.queries),
-          rows_from<T>(p.value, b * p.value_stride[0] + key_head * p.value_stride[1], p.value_stride[2], key, p.keys)};
-    }
-    return {rows_from<T>(p.query, b * p.query_stride[0] + head * p.query_stride[1], p.query_stride[2], first_row,
-                         p.queries),
-            rows_from<T>(p.key, b * p.key_stride[0] + key_head * p.key_stride[1], p.key_stride[2], key, p.keys)};
+    const int key_head = head / group;
+    // Returned from two places, the compiler no longer knows that these addresses are of device memory.
+    Sides<T> sides{query.rows(head, first_row), key.rows(key_head, first_key)};
+    if (gradient) sides = {grad_output.rows(head, first_row), value.rows(key_head, first_key)};
+    return sides;
   }
 
   __device__ void advance() {
-    if (gradient && ++head == problem.heads) {
+    if (gradient && ++head == heads) {
       head = 0;
-      key += step;
+      first_key += step;
     }
-    gradient = !gradient || !sees(key);
+    gradient = !gradient || !sees(first_key);
   }
 };
 
@@ -101,7 +112,7 @@ __device__ inline float sum_of_lanes(float value) {
   return value;
 }
 
-// Grid: (blocks of rows, splits, B·N). sums: (B·N, splits, H, Sq); norms: (B·N, splits, Sq), Σ_j |Σ_h dP_ij|; every
+// Grid: (splits, blocks of rows, B·N). sums: (B·N, splits, H, Sq); norms: (B·N, splits, Sq), Σ_j |Σ_h dP_ij|; every
 // entry is written.
 template <typename Tiles>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -119,14 +130,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int rows = static_cast<int>(problem.queries), keys = static_cast<int>(problem.keys);
   const int heads = static_cast<int>(problem.heads);
   // The last rows come first: in the causal domain they sum over most.
-  const int first_row = static_cast<int>(gridDim.x - 1 - blockIdx.x) * Tiles::kLeft;
+  const int first_row = static_cast<int>(gridDim.y - 1 - blockIdx.y) * Tiles::kLeft;
   const int first_tile = first_row / kTileRows, last_tile = smaller(first_tile + Tiles::kLeft / kTileRows, plan.tiles);
   const TileRange seen = join_tiles(seen_ranges + static_cast<int64_t>(b) * plan.tiles, first_tile, last_tile, keys);
   const TileRange summed = join_tiles(sum_ranges + static_cast<int64_t>(b) * plan.tiles, first_tile, last_tile, keys);
-  const int first_key = (summed.first / Tiles::kRight + static_cast<int>(blockIdx.y)) * Tiles::kRight;
+  const int first_key = (summed.first / Tiles::kRight + static_cast<int>(blockIdx.x)) * Tiles::kRight;
 
   const int own = lane() % kLanes, own_row = first_row + Tiles::left(own);
-  const int64_t share = static_cast<int64_t>(blockIdx.z) * plan.splits + blockIdx.y;
+  const int64_t share = static_cast<int64_t>(blockIdx.z) * plan.splits + blockIdx.x;
   RowSums* const own_sums = sums + share * heads * rows + own_row;
   if (own_row < rows) {
     for (int h = 0; h < heads; ++h) own_sums[static_cast<int64_t>(h) * rows] = {};
@@ -135,7 +146,23 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ __align__(16) unsigned char shared_memory[];
   auto& own_entries = reinterpret_cast<Entries*>(shared_memory + Tiles::kSharedBytes)[threadIdx.x];
   const int step = plan.splits * Tiles::kRight;
-  HeadSource<T, Tiles::kRight> source{problem, b, n, first_row, seen.first, seen.last, first_key, summed.last, step};
+  const auto heads_of = [&](const void* tensor, const int64_t (&stride)[3], int count) {
+    return Heads<T>{static_cast<const T*>(tensor) + b * stride[0], stride[1], stride[2], count};
+  };
+  HeadSource<T, Tiles::kRight> source{
+      heads_of(problem.query, problem.query_stride, rows),
+      heads_of(problem.key, problem.key_stride, keys),
+      {static_cast<const T*>(problem.grad_output) + b * problem.grad_stride[0] + n * problem.grad_stride[1],
+       problem.grad_stride[2], problem.grad_stride[3], rows},
+      heads_of(problem.value, problem.value_stride, keys),
+      heads,
+      static_cast<int>(problem.heads / problem.key_heads),
+      first_row,
+      seen.first,
+      seen.last,
+      first_key,
+      summed.last,
+      step};
   Tiles tiles(shared_memory, plan.shape, source);
   const float scale = problem.scale * kLog2E;
   float norm = 0.0f;
@@ -208,6 +235,7 @@ static __global__ void add_statistics(const GlimpseStatistics problem, int split
   float total = 0.0f;
   for (int64_t i = threadIdx.x; i < rows; i += kThreads) {
     RowSums sum{};
+#pragma unroll 8
     for (int64_t share = of_target * splits; share < (of_target + 1) * splits; ++share) {
       const RowSums added =
           of_norm ? RowSums{0.0f, norms[share * rows + i]} : sums[(share * problem.heads + h) * rows + i];
@@ -230,13 +258,13 @@ static __global__ void add_statistics(const GlimpseStatistics problem, int split
 inline StatisticsPlan make_plan(const GlimpseStatistics& problem, const Device& device) {
   StatisticsPlan plan;
   plan.tiles = static_cast<int>(blocks(problem.queries, kTileRows));
-  // Blocks of rows share their keys among blocks until every multiprocessor has about four. The number of targets has
+  // More splits where there are few rows, until every multiprocessor has about four blocks. The number of targets has
   // no say, so that it changes no bit of the results.
   const int64_t unsplit = blocks(problem.queries, 128) * problem.batch, most = blocks(problem.keys, 64);
-  const int64_t wanted = unsplit > 0 ? blocks(4 * device.multiprocessors, unsplit) : 1;
-  plan.splits = static_cast<int>(wanted < most ? wanted : most);
+  const int64_t wanted = unsplit > 0 ? blocks(4 * device.multiprocessors, unsplit) : 0;
+  const int64_t splits = wanted > kLeastSplits ? wanted : kLeastSplits;
+  plan.splits = static_cast<int>(splits < most ? splits : most);
   if (plan.splits < 1) plan.splits = 1;
-
   plan.shape = row_shape(problem);
   return plan;
 }
@@ -260,7 +288,7 @@ constexpr int statistics_bytes() {
 template <typename Tiles, typename Launch>
 void launch_rows(const GlimpseStatistics& problem, const StatisticsPlan& plan, const TileRange* seen_ranges,
                  const TileRange* sum_ranges, RowSums* sums, float* norms, const Launch& launch) {
-  const dim3 grid(static_cast<unsigned>(blocks(problem.queries, Tiles::kLeft)), static_cast<unsigned>(plan.splits),
+  const dim3 grid(static_cast<unsigned>(plan.splits), static_cast<unsigned>(blocks(problem.queries, Tiles::kLeft)),
                   static_cast<unsigned>(problem.batch * problem.targets));
   launch(glimpse_statistics_rows<Tiles>, grid, statistics_bytes<Tiles>(), problem, plan, seen_ranges, sum_ranges, sums,
          norms);
