@@ -56,6 +56,8 @@ def arguments_of(operator: str, launch: Launch) -> tuple[tuple[Any, ...], Any]:
         return (query, key, value, grad_output, logsumexp, row), ranges
     if operator == "attention_backward_relevancy":
         return (query, key, value, output, grad_output, logsumexp, row), ranges
+    if operator == "glimpse_statistics":
+        return (query, key, value, grad_output, logsumexp), ranges
     raise NotImplementedError(f"{operator}: say in benchmarks/gpu_launch.py what it takes")
 
 
@@ -81,12 +83,16 @@ def compare(operator: str, backend: str, launch: Launch, device: str) -> dict[st
     import torch
 
     from lvlm_fastxai import ops
+    from lvlm_fastxai.ops.key_ranges import real_columns
 
     arguments, ranges = arguments_of(operator, launch)
+    bounds = ranges.unbind(-1)
+    if operator == "glimpse_statistics":  # in the full domain; every row sees a key
+        bounds += real_columns(ranges)[:, None].expand_as(ranges).unbind(-1)
     dense = getattr(importlib.import_module("lvlm_fastxai.reference"), operator)
     scale = launch.case.width**-0.5
-    truth = as_tuple(dense(*(tensor.double() for tensor in arguments), *ranges.unbind(-1), scale))
-    eager = as_tuple(dense(*arguments, *ranges.unbind(-1), scale, compute_dtype=arguments[0].dtype))
+    truth = as_tuple(dense(*(tensor.double() for tensor in arguments), *bounds, scale))
+    eager = as_tuple(dense(*arguments, *bounds, scale, compute_dtype=arguments[0].dtype))
     moved = [tensor.to(device) for tensor in arguments]
     found = getattr(ops, operator)(*moved, key_ranges=ranges.to(device), backend=backend)
     if device == "cuda":
@@ -159,6 +165,8 @@ def profile(operator: str, backend: str, name: str, device: str, rehearse: bool)
         query, key, value, grad_output, logsumexp, row = arguments
         output, _ = gpu_op.flash_backward(query, key, value, grad_output, options["key_ranges"])
         arguments = (query, key, value, output, grad_output, logsumexp, row)
+    elif operator == "glimpse_statistics":
+        arguments = arguments[:-1]
     call = gpu_op.backends_of(operator, arguments, options)[backend]
     if isinstance(call, str):
         raise RuntimeError(call)

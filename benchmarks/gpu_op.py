@@ -2,13 +2,14 @@
 
 A case is a shape of a real model. Everything in it runs in one process, one after the other: a large 16-bit matrix
 product (the limit of arithmetic, taken anew for each case, since a GPU's clock moves), every usable backend of
-`relevancy_product`, the dense twin, torch's flash backward as the sweep calls it, once per target, and every usable
-backend of `attention_backward_relevancy`. Times are medians on the device, with a cold L2 (`machine.median_seconds`).
-The limit of memory, a copy on the device, is taken once.
+`relevancy_product`, the dense twin, the same of `glimpse_statistics` in the full domain, torch's flash backward as the
+sweep calls it, once per target, and every usable backend of `attention_backward_relevancy`. Times are medians on the
+device, with a cold L2 (`machine.median_seconds`). The limit of memory, a copy on the device, is taken once.
 
 Operations are counted as the mask needs them, for each visible entry of each head: relevancy_product 2·d for the score
 and 2·d for each target's gradient, so 4·S²·d·H/2 for one target and a causal square; the fused backward 2·d for the
-score and 8·d for each target's dP, dV, dQ and dK.
+score and 8·d for each target's dP, dV, dQ and dK; glimpse_statistics what relevancy_product needs, with the gradient of
+every entry, visible or not: 6·S²·d·H/2.
 
 ``ratio`` is fused backward / (library's backward + relevancy_product), each by its fastest backend; the largest of one
 backend's ``ratios`` over the cases of one target, which is what a sweep calls, is its entry in
@@ -32,6 +33,7 @@ MODELS = {
     "llava-1.5-7b": (32, 32, 128),
     "qwen2.5-vl-7b": (28, 4, 128),
     "smollm2-135m": (9, 3, 64),
+    "qwen3-vl-8b": (32, 8, 128),
 }
 # The shapes of the acceptance lines first: when time runs out, what is left out is at the end.
 LENGTHS = (8192, 2400, 620, 32768)
@@ -79,10 +81,16 @@ def measure(case: op.Case, device: str, side: int, copied: float) -> dict[str, A
     product = backends_of("relevancy_product", arguments, options)
     figures["relevancy_product"] = timed(product, operations, limits, device)
 
+    score_operations = operations / (1 + case.targets)
+    all_entries = query.shape[2] * case.keys
+    sums_operations = score_operations + 2.0 * case.width * case.heads * all_entries * case.targets
+    sums = backends_of("glimpse_statistics", arguments[:-1], options)
+    figures["glimpse_statistics"] = timed(sums, sums_operations, limits, device)
+
     # What the sweep runs: the flash attention of the forward, whose backward is called once for each target.
     output, library = flash_backward(query, key, value, grad_output, options["key_ranges"])
     arguments = (query, key, value, output, grad_output, logsumexp, row)
-    fused_operations = operations / (1 + case.targets) * (1 + 4 * case.targets)
+    fused_operations = score_operations * (1 + 4 * case.targets)
     figures["library_backward"] = timed({"library": library}, 0.0, limits, device)
     del library
     fused = backends_of("attention_backward_relevancy", arguments, options)
@@ -134,7 +142,7 @@ def timed(
     """Seconds of each call and, where operations are given, its rate, also as a share of the matrix product's, and
     the bytes of its arguments and results, each moved once, over its seconds, as a share of the copy's.
 
-    ``difference``: of the product (the last of an operator's results) from the first backend's, relative L1.
+    ``difference``: of an operator's last result (the product, or the norm) from the first backend's, relative L1.
     """
     found: dict[str, Any] = {}
     first = None
@@ -152,15 +160,15 @@ def timed(
         if isinstance(taken, str):
             found[name] = {"seconds": taken}
             continue
-        seconds, product, results = taken
+        seconds, last, results = taken
         found[name] = {"seconds": seconds}
         if operations:
-            first = product if first is None else first
+            first = last if first is None else first
             found[name] |= {
                 "tflops": operations / seconds / 1e12,
                 "share_of_matrix_rate": operations / seconds / limits[0],
                 "share_of_copy_rate": (results + bytes_of_arguments(call)) / seconds / limits[1],
-                "difference": ((product - first).abs().sum() / first.abs().sum()).item(),
+                "difference": ((last - first).abs().sum() / first.abs().sum()).item(),
             }
     return found
 
@@ -233,7 +241,7 @@ def errors(figures: dict[str, Any]) -> list[str]:
 def line(name: str, figures: dict[str, Any]) -> str:
     """One case in the terminal."""
     parts = []
-    for operator in ("relevancy_product", "attention_backward_relevancy"):
+    for operator in ("relevancy_product", "glimpse_statistics", "attention_backward_relevancy"):
         for backend, each in figures.get(operator, {}).items():
             if isinstance(each.get("seconds"), float):
                 parts.append(f"{backend} {each['seconds'] * 1e3:.3f} ms = {each['share_of_matrix_rate']:.1%}")

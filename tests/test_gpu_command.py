@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks import end_to_end, gpu, gpu_end_to_end, gpu_op, machine
-from lvlm_fastxai import sweep
+from lvlm_fastxai import ops, sweep
 from lvlm_fastxai.relevancy import explain_rows
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +39,7 @@ def test_the_rehearsal_runs_every_step_that_needs_no_gpu(tmp_path: Path) -> None
     for figures in results["op"]["cases"].values():
         assert figures["relevancy_product"]["reference"]["seconds"] > 0
         assert figures["relevancy_product"]["reference"]["share_of_copy_rate"] > 0
+        assert figures["glimpse_statistics"]["reference"]["difference"] < 0.01
         assert figures["attention_backward_relevancy"]["reference"]["difference"] < 0.01
         assert figures["library_backward"]["library"]["seconds"] > 0
     for name, (_, variants) in gpu_end_to_end.REHEARSED_CASES.items():
@@ -157,7 +158,8 @@ def test_the_sanitizer_is_pointed_at_every_kernel(tmp_path: Path, monkeypatch: p
     run = a_run(tmp_path)
     gpu.memcheck(run, 120)
     assert run.results["memcheck"] == {"summary": ["ERROR SUMMARY: 0 errors"]}
-    assert "relevancy_product cpu bfloat16, width 128" in (tmp_path / "gpu.log").read_text()
+    for operator in ops.operators():
+        assert f"{operator} cpu bfloat16, width 128" in (tmp_path / "gpu.log").read_text()
     stub(tmp_path, "compute-sanitizer", "echo '========= ERROR SUMMARY: 3 errors'; exit 9", monkeypatch)
     with pytest.raises(gpu.Failure, match="3 errors"):
         gpu.memcheck(run, 120)
@@ -225,8 +227,9 @@ def test_claims_are_compared_with_their_figures() -> None:
 def test_the_cases_are_those_of_the_models() -> None:
     for name, (case, variants) in gpu_end_to_end.CASES.items():
         assert f"-{case.columns}" in name and (case.targets == 1 or name.endswith(f"-{case.targets}-targets"))
-        assert set(variants) <= set(end_to_end.VARIANTS) and "forward_backward" in variants
-        assert gpu_op.MODELS[name.split("-7b")[0] + "-7b"] == (case.heads, case.key_heads, case.width // case.heads)
+        assert set(variants) <= {*end_to_end.VARIANTS, *end_to_end.GLIMPSE} and "forward_backward" in variants
+        model = next(model for model in gpu_op.MODELS if name.startswith(model))
+        assert gpu_op.MODELS[model] == (case.heads, case.key_heads, case.width // case.heads)
     for claim in gpu.CLAIMS:
         if claim.path[:2] == ("end-to-end", "cases"):
             assert claim.path[4] in gpu_end_to_end.CASES[claim.path[2]][1]
