@@ -24,7 +24,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from lvlm_fastxai.triton_kernels import attention_backward_relevancy, relevancy_product
+from lvlm_fastxai.triton_kernels import attention_backward_relevancy, glimpse_statistics, relevancy_product
 from lvlm_fastxai.triton_kernels._tiles import ALIGNMENT, launch_options
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -51,7 +51,7 @@ class Variant(NamedTuple):
 LIKE_87 = (86, 89)
 WIDTH_OF_ALL = 128
 
-# The extremes of each choice that the two `configuration` make; fp16 compiles to the same as bf16.
+# The extremes of each choice that the `configuration` make; fp16 compiles to the same as bf16.
 VARIANTS = [
     *(Variant("column_sums", torch.bfloat16, width) for width in (64, 72, 96, 100, 128, 256)),
     *(Variant("column_sums", torch.bfloat16, width, 2) for width in (72, 96, 128)),
@@ -67,7 +67,11 @@ VARIANTS = [
             *((torch.float32, width) for width in (128, 300)),
         )
     ),
+    *(Variant("tile_sums", torch.bfloat16, width) for width in (64, 72, 80, 96, 100, 128, 256)),
+    *(Variant("tile_sums", torch.float32, width) for width in (128, 300)),
 ]
+# Query heads to a key head, where a kernel is compiled for that: LLaMA 3 8B's.
+GROUP = 4
 
 
 def name(variant: Variant) -> str:
@@ -96,6 +100,10 @@ def source(variant: Variant) -> ASTSource:
         kernel = relevancy_product.column_sums
         configuration = relevancy_product.configuration(*variant[1:])
         constants = relevancy_product.constants(configuration, variant.width, variant.shared_gradient, alignment)
+    elif variant.kernel == "tile_sums":
+        kernel = glimpse_statistics.tile_sums
+        statistics = glimpse_statistics.configuration(variant.dtype, variant.width)
+        constants = glimpse_statistics.constants(statistics, GROUP, variant.width, alignment)
     else:
         kernel = getattr(attention_backward_relevancy, variant.kernel)
         chosen = attention_backward_relevancy.configuration(variant.dtype, variant.width)
@@ -103,8 +111,9 @@ def source(variant: Variant) -> ASTSource:
         constants = attention_backward_relevancy.constants(chosen, variant.width, alignment, tile)
     element = f"*{TYPES[variant.dtype]}"
     types = dict.fromkeys(("query", "key", "value", "grad_output", "grad_query", "grad_key", "grad_value"), element)
-    types |= dict.fromkeys(("logsumexp", "delta", "row", "partial"), "*fp32")
-    types |= dict.fromkeys(("key_start", "key_end", "tiles", "counts"), "*i32")
+    state = ("logsumexp", "delta", "row", "partial", "row_sums", "gradient_sums", "norms")
+    types |= dict.fromkeys(state, "*fp32")
+    types |= dict.fromkeys(("key_start", "key_end", "ranges", "tiles", "counts"), "*i32")
     types |= dict.fromkeys(("score_scale", "scale", "head_share"), "fp32")
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     # key_end is a view that begins one element after key_start.

@@ -40,7 +40,10 @@ def in_the_interpreter(*command: str, timeout: int = 280) -> str:
 
 
 @with_triton
-@pytest.mark.parametrize(("operator", "tests"), [("relevancy_product", 67), ("attention_backward_relevancy", 55)])
+@pytest.mark.parametrize(
+    ("operator", "tests"),
+    [("relevancy_product", 67), ("attention_backward_relevancy", 55), ("glimpse_statistics", 65)],
+)
 def test_the_operators_tests_pass_in_the_interpreter(operator: str, tests: int) -> None:
     output = in_the_interpreter(
         *("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-p", "no:benchmark"),
@@ -124,3 +127,12 @@ def test_targets_share_score_tiles_where_that_is_less_work() -> None:
     assert [targets_per_program(n, False) for n in (1, 2, 3, 4, 5, 16)] == [1, 2, 1, 2, 2, 2]
     assert targets_per_program(4, False, width=256) == 1
     assert targets_per_program(5, True) == 5
+
+
+@with_triton
+def test_a_tile_s_keys_are_split_until_there_are_programs_enough() -> None:
+    from lvlm_fastxai.triton_kernels.glimpse_statistics import splits_of
+
+    # The scratch grows with the number of splits: bounded, and one where the rows alone make programs enough.
+    assert [splits_of(tiles, 1000) for tiles in (1, 19, 40, 300, 512, 4096)] == [16, 16, 13, 2, 1, 1]
+    assert splits_of(1, 3) == 3

@@ -16,7 +16,7 @@ INTERPRETED_ROWS = 128
 # A processor reads 16 bytes at a time: eight 16-bit numbers.
 ALIGNMENT = 8
 # Lengths differ from call to call, and a kernel compiled anew for one that is a multiple of 16 gains nothing from it.
-SIZES = ["heads", "group", "queries", "keys", "targets", "key_blocks", "query_blocks", "chunks", "columns"]
+SIZES = ["heads", "group", "queries", "keys", "targets", "key_blocks", "query_blocks", "chunks", "columns", "splits"]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -111,6 +111,13 @@ def load_columns(
     if FIRST + PIECE > WIDTH:
         return tl.load(address, mask=k < WIDTH, other=0.0)
     return tl.load(address)
+
+
+@triton.jit
+def load_piece(base, stride, rows, first, PIECE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """(ROWS, PIECE) of a matrix from column `first` on; zeros outside, and in rows that are not wanted."""
+    k = first + tl.arange(0, PIECE)[None, :]
+    return tl.load(base + tl.arange(0, ROWS)[:, None] * stride + k, mask=rows[:, None] & (k < WIDTH), other=0.0)
 
 
 @triton.jit

@@ -29,18 +29,12 @@ from ._tiles import (
     is_interpreted,
     launch_options,
     list_tiles,
+    load_piece,
     streamed_product,
     with_contiguous_last_axis,
 )
 
 __all__ = ["attention_backward_relevancy", "is_interpreted"]
-
-
-@triton.jit
-def load_piece(base, stride, rows, first, PIECE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """(ROWS, PIECE) of a matrix from column `first` on; zeros outside, and in rows that are not wanted."""
-    k = first + tl.arange(0, PIECE)[None, :]
-    return tl.load(base + tl.arange(0, ROWS)[:, None] * stride + k, mask=rows[:, None] & (k < WIDTH), other=0.0)
 
 
 @triton.jit
