@@ -98,9 +98,8 @@ class GlimpseOptions:
         return layers - max(1, round(self._share * layers))
 
     def priors(self, layers: int) -> list[float]:
-        """s_l of every layer, bottom first, but for a common factor, which Z takes out again: 1 for the top layer."""
+        """s_l of every layer, bottom first, but for a common factor, which Z takes out again; the largest is 1."""
         rate = 0.2 * TUNED_LAYERS / layers if self.depth_rate == "scaled" else float(self.depth_rate)
-        # The largest is 1, whatever the sign of the rate.
         top = max(0.0, rate * (layers - 1))
         return [math.exp(rate * index - top) for index in range(layers)]
 
