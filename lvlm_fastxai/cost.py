@@ -163,7 +163,7 @@ def estimate_cost(
         return 2 * length**2 * heads * head * layers  # 4·S²·d·H, and the causal half of it
 
     needs_gradient = METHODS[method].needs_gradient
-    tried = tolerances(row_tolerance, model.dtype, total)
+    tried = tolerances(METHODS[method].tolerance(row_tolerance), model.dtype, total)
     records = saves_a_forward(needs_gradient, memory, tried)
     recomputes = memory != "fast" or tried != (0.0,)
 

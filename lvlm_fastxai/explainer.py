@@ -335,8 +335,9 @@ class Explainer:
 
     def _recorder(self, inputs: Mapping[str, Any]) -> Recorder | None:
         """What will keep the pass of `generate` for the sweep; None where that saves nothing."""
-        tried = tolerances(self.row_tolerance, self.model.dtype, inputs["input_ids"].shape[1])
-        if not saves_a_forward(METHODS[self.method].needs_gradient, self.memory, tried):
+        method = METHODS[self.method]
+        tried = tolerances(method.tolerance(self.row_tolerance), self.model.dtype, inputs["input_ids"].shape[1])
+        if not saves_a_forward(method.needs_gradient, self.memory, tried):
             return None
         try:
             return Recorder(self.model)

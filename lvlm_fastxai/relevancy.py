@@ -58,7 +58,7 @@ def relevancy_rows(
             device.
         row_tolerance: 0, the exact sweep. ε > 0, the pruned sweep: at every layer the rows that hold a share 1 − ε of
             what it adds to the map and hands down. "auto": pruned as far as the estimated error stays below the
-            rounding error of a bf16 model; exact for the other dtypes.
+            rounding error of a bf16 model; exact for the other dtypes, and for "glimpse".
         prompt_length: column at which the answer starts; an integer, or one for each sample.
         options: `GlimpseOptions` for method "glimpse"; None for its defaults. The other methods have none.
 
@@ -142,7 +142,7 @@ def _explain(
     targets = run.targets
     # Without gradients there is nothing to keep: "lean" drops the activations, and the top layer is run once more.
     memory_of_forward = memory if run.needs_gradient or memory == "min" else "lean"
-    tolerance = row_tolerance if run.needs_gradient else 0.0
+    tolerance = run.tolerance(row_tolerance)
     with Sweep(model, inputs, run.explained.row_table(), memory_of_forward, tolerance, recording) as sweep:
         with torch.no_grad():
             logits = targets.select(sweep.logits, run.explained.rows_of_samples)

@@ -239,6 +239,15 @@ def test_a_pruned_sweep_equals_its_dense_definition(name: str, memory: str) -> N
     assert pruned_somewhere
 
 
+def test_nothing_is_left_out_unasked() -> None:
+    model, inputs = models.build("llava", torch.bfloat16, text=150)
+    targets = models.answer_targets(inputs, 0)[:1]
+    found = explain_rows(model, inputs, targets, method="glimpse", row_tolerance="auto")
+    assert found.certificate is not None
+    assert not found.certificate.dropped.any()
+    torch.testing.assert_close(found.rows, rows(model, inputs, targets))
+
+
 def test_layers_below_the_share_are_not_visited() -> None:
     model, inputs, targets = deep(16)
     checked = check_targets(targets, inputs, None)

@@ -44,6 +44,8 @@ class Method(ABC):
     options_type: ClassVar[type | None] = None
     # What the two parts of a pruned sweep's error estimate count (`estimated_error`), calibrated for each method.
     estimate: ClassVar[tuple[float, float]] = (MISSING_FACTOR, DROPPED_FACTOR)
+    # Whether `row_tolerance="auto"` finds anything to leave out.
+    prunes_by_itself: ClassVar[bool] = True
     # Makes one gradient of all slots'; None where each has its own.
     collect: Collect | None = None
 
@@ -60,6 +62,12 @@ class Method(ABC):
         self.progress: Callable[[int, int], None] = lambda done, total: None
         self.on_rows: Callable[[list[int], Tensor], None] | None = None
         self._done = 0
+
+    @classmethod
+    def tolerance(cls, row_tolerance: float | str) -> float | str:
+        """The tolerance that a sweep of this method takes for what was asked for."""
+        exact = not cls.needs_gradient or (row_tolerance == "auto" and not cls.prunes_by_itself)
+        return 0.0 if exact else row_tolerance
 
     @abstractmethod
     def rows(self, sweep: Sweep) -> Tensor:
