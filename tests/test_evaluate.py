@@ -552,6 +552,31 @@ def test_curves_equal_single_forward_passes(answerer: Answerer, cases: list[Case
     assert found["some"].deletion_area == pytest.approx(area_under_curve(curves.FRACTIONS, found["some"].deletion))
 
 
+def test_curves_run_the_pictures_that_maps_share_once(
+    answerer: Answerer, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+
+    def counted(answerer: Answerer, images: Sequence[Image.Image], *_: Any) -> np.ndarray:
+        counts.append(len(images))
+        return np.array([np.asarray(image).mean() for image in images])
+
+    monkeypatch.setattr(curves, "answer_probabilities", counted)
+    relevancy = np.random.default_rng(12).random((12, 12))
+    case = cases[0]
+
+    def run(given: dict[str, np.ndarray]) -> dict[str, curves.Curves]:
+        return curves.deletion_insertion(answerer, case.scene.image, case.question.text, [40], given, WHOLE)
+
+    several = run({"some": relevancy, "other": relevancy.T, "some again": 2 * relevancy})
+    for name, values in (("some", relevancy), ("other", relevancy.T), ("some again", relevancy)):
+        single = run({name: values})[name]
+        np.testing.assert_array_equal(several[name].deletion, single.deletion)
+        np.testing.assert_array_equal(several[name].insertion, single.insertion)
+    inner = 2 * (len(curves.FRACTIONS) - 2)
+    assert counts == [2 + 2 * inner, 2 + inner, 2 + inner, 2 + inner]
+
+
 # The whole
 
 
@@ -600,7 +625,7 @@ def test_command_writes_everything(checkpoint: Path, tmp_path: Path, capsys: pyt
     answers = result["whole_answers"]["summary"]["correct"]["overall"]
     assert answers["maps"] == len(described) > 1
     assert list(answers["methods"]) == [*command.METHODS, *maps.ABLATIONS]
-    check_summary(answers, "glimpse", curves=len(described))
+    check_summary(answers, "glimpse", curves=min(3, len(described)))
     distances = {name: entry["distance"]["mean"] for name, entry in answers["methods"].items()}
     assert distances["glimpse"] == 0 and all(value > 0 for name, value in distances.items() if name != "glimpse")
     assert "difference" not in answers["methods"]["chefer"]["distance"]

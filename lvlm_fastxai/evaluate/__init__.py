@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scenes", type=int, default=SCENES, metavar="N", help="held-out scenes (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="picks the scenes (default: %(default)s)")
     add("--methods", default=",".join(METHODS), metavar="A,B", help=f"some of {', '.join(METHODS)} (default: all)")
-    curves_help = "questions, and descriptions, that get deletion and insertion curves (default: %(default)s)"
+    curves_help = "questions that get deletion and insertion curves; half as many descriptions (default: %(default)s)"
     add("--curves", type=int, default=CURVES, metavar="N", help=curves_help)
     descriptions_help = "held-out scenes to describe, for the maps of whole answers (default: %(default)s)"
     add("--descriptions", type=int, default=DESCRIPTIONS, metavar="N", help=descriptions_help)
@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     model, processor, source = load_checkpoint(args.model)
     say(
         f"{settings.scenes} held-out scenes, up to ten questions each; maps by {', '.join(settings.methods)}; "
-        f"descriptions of {settings.descriptions}; deletion and insertion for {settings.curves} right answers of each"
+        f"descriptions of {settings.descriptions}; deletion and insertion for {settings.curves} and "
+        f"{settings.curves // 2} right answers"
     )
     with _Bar() as bar:
         evaluation = evaluate(model, processor, settings, progress=bar)

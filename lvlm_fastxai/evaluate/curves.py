@@ -135,7 +135,12 @@ def deletion_insertion(
         for fraction in FRACTIONS[1:-1]:
             first = (rank_of_pixel < round(fraction * total))[..., None]
             variants += [np.where(first, replaced, pixels), np.where(first | ~every[..., None], pixels, replaced)]
-    probability = answer_probabilities(answerer, [Image.fromarray(v) for v in variants], question, answer)
+    # Maps that agree on their highest cells ask for the same pictures.
+    keys = [variant.tobytes() for variant in variants]
+    distinct = dict(zip(keys, variants, strict=True))
+    number = {key: place for place, key in enumerate(distinct)}
+    images = [Image.fromarray(variant) for variant in distinct.values()]
+    probability = answer_probabilities(answerer, images, question, answer)[[number[key] for key in keys]]
     whole, blank, inner = probability[:1], probability[1:2], probability[2:].reshape(len(maps), -1, 2)
     return {
         method: Curves(

@@ -36,7 +36,8 @@ class Settings:
         scenes: number of held-out scenes; each is asked one question of every kind that it allows.
         seed: picks the scenes (see `held_out_cases`), the random maps, the questions that get curves, the resamples.
         methods: out of ``METHODS``.
-        curves: number of questions, and of descriptions, that get deletion and insertion curves; 0 for none.
+        curves: number of questions that get deletion and insertion curves; 0 for none. Half as many descriptions get
+            them.
         fill: what replaces a cell in them, "mean" colour of the picture or "blur".
         descriptions: number of held-out scenes that are asked for a description, for the maps of whole answers; 0 for
             none. The first ``scenes`` of them are the same.
@@ -187,6 +188,7 @@ def evaluate(
         settings,
         stages,
         what="questions",
+        curves=settings.curves,
         reference="chefer",
         groups=question_groups,
     )
@@ -199,6 +201,7 @@ def evaluate(
             settings,
             stages,
             what="descriptions",
+            curves=settings.curves // 2,
             reference="glimpse",
             groups=description_groups,
         )
@@ -232,6 +235,7 @@ def _evaluate_part(
     stages: _Stages,
     *,
     what: str,
+    curves: int,
     reference: str,
     groups: Callable[[Sequence[Scored]], Mapping[str, Sequence[bool]]],
 ) -> Part:
@@ -267,7 +271,7 @@ def _evaluate_part(
                 scores["distance"] = l1_distance(found.answer, own[reference].answer)
             question.scores[method] = scores
     stages.lap("scoring")
-    chosen = [scored[index] for index in curve_questions(scored, settings.curves, settings.seed)]
+    chosen = [scored[index] for index in curve_questions(scored, curves, settings.seed)]
     for number, question in enumerate(chosen):
         question.curves = deletion_insertion(
             answerer,
