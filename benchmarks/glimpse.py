@@ -150,7 +150,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="repeatable; default all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--together-rounds", type=int, default=3, help="0 leaves the 16 targets out")
-    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--memory-targets", type=int, nargs="*", default=[1, TOGETHER], metavar="N")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="results file (JSON)")
@@ -170,9 +170,8 @@ def main(args: argparse.Namespace) -> int:
         figures["time"] = measure_time(case, variants, args.rounds, args.device)
         two = [variant for variant in variants if variant in ("chefer", "glimpse")]
         if args.together_rounds:
-            figures["together"] = measure_together(case, two, args.together_rounds, args.device)
-        if not args.no_memory:
-            figures["memory"] = {str(count): measure_memory(name, two, count, args.device) for count in (1, TOGETHER)}
+            figures["together"] = measure_together(case, two[1:], args.together_rounds, args.device)
+        figures["memory"] = {str(count): measure_memory(name, two, count, args.device) for count in args.memory_targets}
         results[name] = figures
         print(table(name, figures), flush=True)
         if args.out:
