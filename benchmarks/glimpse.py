@@ -13,8 +13,9 @@ operators take alone (19 + 7 ms at S = 704, 124 + 52 at 2048, sums one and a hal
 704 and 1.26 at 2048; call 1.06 and 1.14. 16 targets together: one forward for 16, 0.65. Memory as chefer's, but for dO,
 which chefer's fused backward never gathers: at most 1.05.
 
-Measured (results/glimpse.json): sweep 1.06 and 1.19, call 1.14 and 1.09, 16 targets together 0.54 (the forward is nearly
-half of a call), memory 1.00. The medians of four rounds on a shared machine; single rounds lay up to 0.2 apart.
+Measured (results/glimpse.json): sweep 1.06 and 1.19, call 1.14 and 1.09, 16 targets together 0.54 (the forward is
+nearly half of a call), memory 1.00. Medians of four rounds on a shared machine; a single round's sweep lay between 0.90
+and 1.35.
 """
 
 from __future__ import annotations
