@@ -366,10 +366,13 @@ class Explainer:
             compare=self.method == "glimpse",
             progress=progress,
         )
-        if recording is None or chosen_by is None:
-            return explain(accepted, targets)
         columns = accepted["input_ids"].shape[1]
-        # An answer cut at its longest has a last token that `generate` chose but never read; no row depends on it.
+        # An answer cut at its longest has a last token that `generate` chose but never read. No row depends on it, but
+        # where gradients are summed over all columns.
+        cut = recording is not None and recording.columns < columns
+        all_columns = self.method == "glimpse" and (self.options or GlimpseOptions()).stats_domain == "full"
+        if recording is None or chosen_by is None or (cut and all_columns):
+            return explain(accepted, targets)
         read = {
             name: value[:, : recording.columns] if isinstance(value, Tensor) and value.shape == (1, columns) else value
             for name, value in accepted.items()

@@ -56,7 +56,7 @@ class Selection:
 
     def left_out(self) -> Tensor:
         """(B, N, S) the norms with zeros at the kept rows."""
-        return self.norms.scatter(2, self.rows, 0.0)
+        return self.norms.scatter(2, self.rows.to(self.norms.device), 0.0)
 
 
 def select_rows(

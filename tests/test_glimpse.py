@@ -17,9 +17,10 @@ from test_oracles import MEMORY, cast, errors, some_targets
 from torch import Tensor
 
 import lvlm_fastxai as fx
-from lvlm_fastxai.errors import ArgumentError
+from lvlm_fastxai.errors import ArgumentError, UnsupportedModelError
 from lvlm_fastxai.methods import Glimpse
 from lvlm_fastxai.relevancy import explain_rows
+from lvlm_fastxai.sharding import Ranks
 from lvlm_fastxai.sweep import Sweep
 from lvlm_fastxai.targets import check_targets
 
@@ -279,6 +280,13 @@ def test_layers_below_the_share_are_not_visited() -> None:
 def test_wrong_options_are_named(options: dict[str, Any], name: str) -> None:
     with pytest.raises(ArgumentError, match=name):
         fx.GlimpseOptions(**options)
+
+
+def test_heads_on_different_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs, targets = deep(2)
+    monkeypatch.setattr("lvlm_fastxai.sweep.find_ranks", lambda *model: Ranks(2, object()))
+    with pytest.raises(UnsupportedModelError, match="heads on different ranks"):
+        fx.relevancy_rows(model, inputs, targets, method="glimpse")
 
 
 def test_options_of_another_method_are_refused() -> None:

@@ -257,6 +257,8 @@ def test_8_no_tensor_is_quadratic_in_the_sequence(name: str) -> None:
         *(("chefer", memory) for memory in MEMORY),
         ("lvlm_interpret", "fast"),
         ("lvlm_interpret", "lean"),
+        ("glimpse", "fast"),
+        ("glimpse", "lean"),
         ("raw_attention", "fast"),
     ]:
         options = {"method": method, "memory": memory, "prompt_length": start}
@@ -271,9 +273,10 @@ def test_8_no_tensor_is_quadratic_in_the_sequence(name: str) -> None:
 def test_8_no_operator_allocates_a_square_inside(name: str, memory: str) -> None:
     model, inputs = long_batch(name)
     targets = models.answer_targets(inputs, 0)[:2]
-    with largest_allocation() as largest:
-        fx.relevancy_rows(model, inputs, targets, memory=memory)
-    assert 0 < largest[0] < 4 * LENGTH**2
+    for method in ("chefer", "glimpse"):
+        with largest_allocation() as largest:
+            fx.relevancy_rows(model, inputs, targets, method=method, memory=memory)
+        assert 0 < largest[0] < 4 * LENGTH**2
 
 
 def test_8_the_guards_see_a_square() -> None:

@@ -47,6 +47,8 @@ FEWER_CASES = [
     ("chefer", "min", 0.2),
     ("lvlm_interpret", "lean", 0.0),
     ("lvlm_interpret", "fast", 0.2),
+    ("glimpse", "fast", 0.0),
+    ("glimpse", "lean", 0.2),
     ("raw_attention", "fast", 0.0),
 ]
 

@@ -83,7 +83,7 @@ class Stop(BaseException):
 
 
 @pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("method", ["chefer", "lvlm_interpret", "raw_attention"])
+@pytest.mark.parametrize("method", ["chefer", "lvlm_interpret", "glimpse", "raw_attention"])
 def test_the_model_comes_back_as_it_was(used: tuple[nn.Module, dict[str, Any]], memory: str, method: str) -> None:
     model, inputs = used
     before = fingerprint(model)
