@@ -500,7 +500,7 @@ class Explainer:
             columns = [column for column, token in enumerate(sequence) if token != image_token]
             regions = [(0.0, 0.0, 1.0, 1.0)] * len(pictures)
         pieces = self._pieces([sequence[column] for column in columns])
-        inside = _find_question(pieces, question)
+        inside = find_question(pieces, question)
         return _Reading(
             prompt_length=len(sequence),
             layouts=layouts,
@@ -611,7 +611,7 @@ def _options(method: str, options: GlimpseOptions | None) -> dict[str, Any]:
     return {} if kind is None else asdict(options or kind())
 
 
-def _find_question(pieces: Sequence[str], question: str) -> set[int]:
+def find_question(pieces: Sequence[str], question: str) -> set[int]:
     """Indices of the pieces that spell the question; white space and case aside, since tokenizers change both."""
     spelled: list[tuple[str, int]] = [
         (letter, index) for index, piece in enumerate(pieces) for letter in piece.casefold() if not letter.isspace()

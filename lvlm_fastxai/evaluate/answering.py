@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import families
 from ..errors import ArgumentError
-from ..explainer import ANSWER_FILL, SUFFIX_TYPE_FAMILIES, _find_question
+from ..explainer import ANSWER_FILL, SUFFIX_TYPE_FAMILIES, find_question
 
 Inputs = dict[str, Any]
 
@@ -107,7 +107,7 @@ class Answerer:
         """Columns of a prompt that spell the question, as `Explainer` finds them."""
         tokens = prompts["input_ids"][sample].tolist()
         columns = families.prompt_columns(self.model.config, prompts, sample, len(tokens)).tolist()
-        inside = _find_question([self.processor.tokenizer.decode([tokens[column]]) for column in columns], question)
+        inside = find_question([self.processor.tokenizer.decode([tokens[column]]) for column in columns], question)
         return [column for place, column in enumerate(columns) if place in inside]
 
     def image_columns(self, prompts: Inputs, sample: int) -> list[int]:
