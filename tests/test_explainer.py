@@ -135,10 +135,10 @@ def test_end_of_sequence_and_special_tokens_are_not_explained(model, processor, 
 
     explainer = Explainer(model, processor)
     hook = model.lm_head.register_forward_hook(lambda module, args, logits: forced(logits))
-    generated, _ = explainer._generate(explainer._prepare(picture, QUESTION, 8)[1], 8, lambda *unused: None)
+    generated, *_ = explainer._generate(explainer._prepare(picture, QUESTION, 8)[1], 8, lambda *unused: None)
     hook.remove()
     assert generated == ids
-    explainer._generate = lambda *unused: (generated, None)  # type: ignore[method-assign]
+    explainer._generate = lambda *unused: (generated, [0.5] * len(generated), None)  # type: ignore[method-assign]
     explanation = explainer(picture, QUESTION, max_new_tokens=8)
     assert [token.text.strip() for token in explanation.tokens] == ["red", "circle"]
     assert explanation.answer == "red circle"
@@ -146,7 +146,7 @@ def test_end_of_sequence_and_special_tokens_are_not_explained(model, processor, 
     assert explanation.sequence_length == explanation.prompt_length + 3
     assert [token.position - explanation.prompt_length for token in explanation.tokens] == [0, 2]
     assert not explanation.notes
-    explainer._generate = lambda *unused: (ids[-1:], None)  # type: ignore[method-assign]
+    explainer._generate = lambda *unused: (ids[-1:], [0.5], None)  # type: ignore[method-assign]
     with pytest.raises(FastXAIError, match="answered with nothing"):
         explainer(picture, QUESTION)
 
@@ -159,7 +159,7 @@ def test_teacher_forcing_repeats_what_was_generated(name):
     start = prompt["input_ids"].shape[1]
     tokenizer = SimpleNamespace(eos_token_id=None, all_special_ids=[])
     explainer = Explainer(model, SimpleNamespace(tokenizer=tokenizer, image_processor=object()))
-    answer, _ = explainer._generate(prompt, 5, lambda *unused: None)
+    answer, *_ = explainer._generate(prompt, 5, lambda *unused: None)
     joined = explainer._join(prompt, answer)
     assert {joined[key].shape for key in SEQUENCE_KEYS if key in joined} == {(1, start + 5)}
     logits = model(**explainer._accepted(joined)).logits[0].index_fill(-1, torch.tensor([IMAGE, VIDEO]), -torch.inf)
