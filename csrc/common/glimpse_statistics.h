@@ -6,8 +6,8 @@
 namespace fastxai {
 
 // With P_ij = exp(scale·q_i·k_j − logsumexp_i) over the keys key_start[b, i] <= j < key_end[b, i] of row i, zero
-// elsewhere, and dP_ij = dO_i·v_j over the keys sum_start[b, i] <= j < sum_end[b, i], among which are those that the row
-// sees, zero elsewhere, for every target:
+// elsewhere, and dP_ij = dO_i·v_j over the keys sum_start[b, i] <= j < sum_end[b, i], among which are those that the
+// row sees, zero elsewhere, for every target:
 //   row_sums[b, n, h, i] = Σ_j max(0, P_ij·dP_ij) of head h,
 //   gradient_sums[b, n, h] = Σ_ij max(0, dP_ij) of head h and
 //   norm[b, n] = Σ_ij |Σ_h dP_ij|.
