@@ -153,8 +153,7 @@ def _explain(
         if on_rows is not None:
             run.on_rows = lambda numbers, rows: on_rows(numbers, rows, probabilities[numbers])
         rows = run.rows(sweep)
-        compared = getattr(run, "compared", None)
-        return RelevancyRows(rows, logit, probabilities, run.certificate, sweep.fallback, compared)
+        return RelevancyRows(rows, logit, probabilities, run.certificate, sweep.fallback, run.compared)
 
 
 def _vocabulary(model: nn.Module) -> int | None:

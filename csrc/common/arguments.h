@@ -53,4 +53,52 @@ inline void check_dtype(const char* op, const char* name, const Tensor& tensor, 
   STD_TORCH_CHECK(tensor.scalar_type() == expected, op, ": `", name, "` has an unexpected dtype");
 }
 
+// Checks what every operator takes of an attention, and enters it in the description of the operator's problem.
+// arguments: query (B,H,Sq,d), key and value (B,Hkv,Sk,d), grad_output (B,any,H,Sq,d), logsumexp, key_start, key_end,
+// and the problem; the three whose axes are counted here must have been found to have 4, 4 and 5.
+template <typename Arguments>
+void describe_attention(const char* op, double scale, Arguments& arguments) {
+  const Tensor& query = arguments.query;
+  const Tensor& key = arguments.key;
+  const Tensor& grad_output = arguments.grad_output;
+  auto& problem = arguments.problem;
+  problem.element = element_of(op, query);
+  problem.batch = query.size(0);
+  problem.heads = query.size(1);
+  problem.queries = query.size(2);
+  problem.width = query.size(3);
+  problem.key_heads = key.size(1);
+  problem.keys = key.size(2);
+  problem.scale = static_cast<float>(scale);
+  STD_TORCH_CHECK(problem.key_heads > 0 && problem.heads % problem.key_heads == 0, op,
+                  ": the key heads must divide the query heads");
+  check_shape(op, "key", key, {problem.batch, problem.key_heads, problem.keys, problem.width});
+  check_shape(op, "value", arguments.value, {problem.batch, problem.key_heads, problem.keys, problem.width});
+  check_shape(op, "grad_output", grad_output,
+              {problem.batch, grad_output.size(1), problem.heads, problem.queries, problem.width});
+  check_shape(op, "logsumexp", arguments.logsumexp, {problem.batch, problem.heads, problem.queries});
+  check_shape(op, "key_start", arguments.key_start, {problem.batch, problem.queries});
+  check_shape(op, "key_end", arguments.key_end, {problem.batch, problem.queries});
+  check_dtype(op, "key", key, query.scalar_type());
+  check_dtype(op, "value", arguments.value, query.scalar_type());
+  check_dtype(op, "grad_output", grad_output, query.scalar_type());
+  check_dtype(op, "logsumexp", arguments.logsumexp, ScalarType::Float);
+  check_dtype(op, "key_start", arguments.key_start, ScalarType::Int);
+  check_dtype(op, "key_end", arguments.key_end, ScalarType::Int);
+
+  problem.query = query.const_data_ptr();
+  problem.key = key.const_data_ptr();
+  problem.value = arguments.value.const_data_ptr();
+  problem.grad_output = grad_output.const_data_ptr();
+  problem.logsumexp = arguments.logsumexp.template const_data_ptr<float>();
+  problem.key_start = arguments.key_start.template const_data_ptr<int32_t>();
+  problem.key_end = arguments.key_end.template const_data_ptr<int32_t>();
+  for (int64_t axis = 0; axis < 3; ++axis) {
+    problem.query_stride[axis] = query.stride(axis);
+    problem.key_stride[axis] = key.stride(axis);
+    problem.value_stride[axis] = arguments.value.stride(axis);
+  }
+  for (int64_t axis = 0; axis < 4; ++axis) problem.grad_stride[axis] = grad_output.stride(axis);
+}
+
 }  // namespace fastxai

@@ -32,6 +32,7 @@ class Method(ABC):
         certificate: what the sweep kept of each target; None before it, and for a method without a sweep.
         explained: the logits whose gradients the method takes; the targets themselves unless a method needs more.
         progress: called as ``progress(done, total)`` whenever a layer is done.
+        compared: (N, S) rows of `chefer` for the same targets, where they were asked for.
         on_rows: takes the targets' numbers and their rows (n, S) as they are done; none are kept then.
 
     Raises:
@@ -59,6 +60,7 @@ class Method(ABC):
         self.targets = targets
         self.explained = targets
         self.certificate: Certificate | None = None
+        self.compared: Tensor | None = None
         self.progress: Callable[[int, int], None] = lambda done, total: None
         self.on_rows: Callable[[list[int], Tensor], None] | None = None
         self._done = 0

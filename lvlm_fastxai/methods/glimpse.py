@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import ArgumentError, UnsupportedModelError
+from ..ops.glimpse_statistics import DOMAINS
 from ..pruning import Ledger
 from ..sweep import LayerStep, Sweep
 from ..targets import Targets
@@ -34,7 +35,6 @@ TRUNCATION = 1e-6
 TUNED_LAYERS = 64
 
 PROPAGATIONS = {"literal": 0.5, "identity": 1.0}  # how much of α_l a layer adds
-STATS_DOMAINS = ("full", "causal")
 ROUTES = ("one_sweep", "two_sweeps")
 
 
@@ -71,7 +71,7 @@ class GlimpseOptions:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("propagation", tuple(PROPAGATIONS)),
-            ("stats_domain", STATS_DOMAINS),
+            ("stats_domain", DOMAINS),
             ("route", ROUTES),
         ):
             if getattr(self, name) not in allowed:
@@ -114,8 +114,7 @@ class Glimpse(Method):
     """The method on a teacher-forced pass over prompt and answer; every row uses the target's own gradient.
 
     Attributes:
-        compare: whether ``chefer``'s rows are wanted too; they come of the same backward.
-        compared: (N, S) those rows, after the sweep. Not in a sweep whose rows are handed on.
+        compare: whether ``compared``, the rows of `chefer`, is wanted too; they come of the same backward.
     """
 
     name: ClassVar[str] = "glimpse"
@@ -135,7 +134,6 @@ class Glimpse(Method):
         super().__init__(targets, inputs, prompt_length, options)
         self.options = options or GlimpseOptions()
         self.compare = False
-        self.compared: Tensor | None = None
 
     def rows(self, sweep: Sweep) -> Tensor:
         if sweep.ranks.group is not None:
