@@ -126,6 +126,8 @@ def explain_rows(
         if compare:
             if not isinstance(run, methods.Glimpse):
                 raise ArgumentError(f"compare: only method 'glimpse' is compared with 'chefer', got {method!r}")
+            if on_rows is not None:
+                raise ArgumentError("compare: rows that are handed on are not compared; leave out on_rows")
             run.compare = True
         return _explain(model, inputs, run, memory, row_tolerance, recording, on_rows)
 

@@ -171,6 +171,8 @@ def test_chefer_s_rows_come_of_the_same_backward() -> None:
             torch.testing.assert_close(found.rows, rows(model, inputs, targets))
     with pytest.raises(ArgumentError, match="compare"):
         explain_rows(model, inputs, targets, method="chefer", compare=True)
+    with pytest.raises(ArgumentError, match="on_rows"):
+        explain_rows(model, inputs, targets, method="glimpse", compare=True, on_rows=lambda *part: None)
 
 
 def test_rows_that_are_handed_on_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
