@@ -11,4 +11,7 @@ STABLE_TORCH_LIBRARY(lvlm_fastxai, m) {
   m.def(
       "glimpse_statistics(Tensor query, Tensor key, Tensor value, Tensor grad_output, Tensor logsumexp, "
       "Tensor key_start, Tensor key_end, Tensor sum_start, Tensor sum_end, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "proxy_relevancy(Tensor hidden, Tensor query, Tensor offset, Tensor lengths, float eps, bool centered, "
+      "bool softmax) -> (Tensor, Tensor, Tensor)");
 }

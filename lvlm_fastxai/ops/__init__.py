@@ -7,6 +7,7 @@ from lvlm_fastxai.ops.attention_backward_relevancy import attention_backward_rel
 from lvlm_fastxai.ops.glimpse_product import glimpse_product
 from lvlm_fastxai.ops.glimpse_statistics import glimpse_statistics
 from lvlm_fastxai.ops.key_ranges import key_ranges
+from lvlm_fastxai.ops.proxy_relevancy import proxy_relevancy
 from lvlm_fastxai.ops.relevancy_product import relevancy_product
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "glimpse_statistics",
     "key_ranges",
     "operators",
+    "proxy_relevancy",
     "relevancy_product",
     "use_backend",
 ]

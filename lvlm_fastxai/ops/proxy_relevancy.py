@@ -1,0 +1,130 @@
+"""Relevancy of image columns by a FastRM head, in one pass over their hidden states."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from lvlm_fastxai.errors import ArgumentError
+from lvlm_fastxai.ops import _backends, _dispatch
+from lvlm_fastxai.ops._backends import SIXTEEN_AND_32_BIT
+from lvlm_fastxai.reference.proxy_relevancy import proxy_relevancy as dense
+
+OPERATOR = "proxy_relevancy"
+SCHEMA = (
+    "(Tensor hidden, Tensor query, Tensor offset, Tensor lengths, float eps, bool centered, bool softmax) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+NORMS = ("rms", "layer")
+ACTIVATIONS = ("sigmoid", "softmax")
+
+
+def proxy_relevancy(
+    hidden: Tensor,
+    query: Tensor,
+    offset: Tensor,
+    *,
+    norm: str = "rms",
+    activation: str = "sigmoid",
+    eps: float = 1e-6,
+    lengths: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A FastRM head (arXiv 2412.01487) with its key projection folded into the query, over all columns of an image.
+
+    With the norm's weight g and bias c, and the projected query u = W_kᵀ q / √d_p, the single-head score of a state is a
+    dot product with ``query`` = g ∘ u, plus ``offset`` = c · u + b:
+
+        s_j       = ((x_j − μ_j) · query) / σ_j + offset         σ_j² = mean((x_j − μ_j)²) + eps; RMSNorm: μ = 0
+        m_j       = sigmoid(s_j), or softmax over the columns
+        entropy   = −Σ_j p_j log p_j / log S                     p = m / Σ m: 0 on one column, 1 on all alike
+        bernoulli = −mean_j (m_j log m_j + (1 − m_j) log(1 − m_j)) / log 2
+
+    The states are read once; all else is S numbers a row. Nothing is stored beside the results.
+
+    Args:
+        hidden: (B, S, D) hidden states of the image's columns; float32, bfloat16, float16 or float64.
+        query: (B, N, D) float32 (float64 with float64 states), one folded query per explained token.
+        offset: (B, N), dtype of ``query``.
+        norm: "rms" or "layer".
+        activation: "sigmoid" or "softmax".
+        eps: of the norm.
+        lengths: (B,) integers, number of columns of each sample, padding behind them; default all S. Padding is 0 in the
+            map and counts for nothing, even where it holds NaN.
+        backend: "cuda", "triton", "cpu" or "reference"; default the first that can serve the call.
+
+    Returns:
+        map (B, N, S), entropy (B, N) and bernoulli (B, N), in the dtype of ``query``, each in 0 … 1. Entropies of a
+        sample without columns are 0. None is differentiable: backward through one raises; training uses the twin.
+
+    Raises:
+        ArgumentError: a shape, dtype, device or option is wrong.
+        BackendUnavailableError: the backend that was asked for cannot serve the call.
+        NotDifferentiableError: on backward through a result.
+
+    Example:
+        >>> import torch, lvlm_fastxai as fx
+        >>> hidden = torch.tensor([[[3.0, -3.0], [2.0, 2.0]]])
+        >>> found = fx.ops.proxy_relevancy(hidden, torch.tensor([[[1.0, -1.0]]]), torch.zeros(1, 1))
+        >>> [[round(x, 3) for x in part.flatten().tolist()] for part in found]
+        [[0.881, 0.5], [0.944], [0.764]]
+    """
+    _check(hidden, query, offset)
+    if norm not in NORMS:
+        _refuse("norm", f"be one of {', '.join(NORMS)}", repr(norm))
+    if activation not in ACTIVATIONS:
+        _refuse("activation", f"be one of {', '.join(ACTIVATIONS)}", repr(activation))
+    batch, columns, _ = hidden.shape
+    if lengths is None:
+        lengths = torch.full((batch,), columns, dtype=torch.int32, device=hidden.device)
+    elif lengths.shape != (batch,):
+        _refuse("lengths", f"have shape (B,) = {(batch,)}", tuple(lengths.shape))
+    elif lengths.dtype not in (torch.int32, torch.int64):
+        _refuse("lengths", "hold int32 or int64", lengths.dtype)
+    elif lengths.device != hidden.device:
+        _refuse("lengths", f"be on {hidden.device} like `hidden`", lengths.device)
+    run = _dispatch.select(OPERATOR, hidden, backend)
+    return run(
+        *(hidden, query, offset, lengths.to(torch.int32).clamp(0, columns)),
+        *(float(eps), norm == "layer", activation == "softmax"),
+    )
+
+
+def _check(hidden: Tensor, query: Tensor, offset: Tensor) -> None:
+    for name, tensor, axes in (
+        ("hidden", hidden, "(B, S, D)"),
+        ("query", query, "(B, N, D)"),
+        ("offset", offset, "(B, N)"),
+    ):
+        if tensor.dim() != axes.count(",") + 1:
+            _refuse(name, f"have shape {axes}", tuple(tensor.shape))
+        if tensor.device != hidden.device:
+            _refuse(name, f"be on {hidden.device} like `hidden`", tensor.device)
+    if hidden.dtype not in (*SIXTEEN_AND_32_BIT, torch.float64):
+        _refuse("hidden", "be float32, bfloat16, float16 or float64", hidden.dtype)
+    state_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    batch, _, width = hidden.shape
+    targets = query.shape[1]
+    if width == 0:
+        _refuse("hidden", "have a width of at least 1", tuple(hidden.shape))
+    for name, tensor, shape in (("query", query, (batch, targets, width)), ("offset", offset, (batch, targets))):
+        if tensor.dtype != state_dtype:
+            _refuse(name, f"have dtype {state_dtype}", tensor.dtype)
+        if tensor.shape != shape:
+            _refuse(name, f"have shape {shape}", tuple(tensor.shape))
+
+
+def _refuse(name: str, expected: str, got: object) -> NoReturn:
+    raise ArgumentError(f"{OPERATOR}: `{name}` must {expected}, got {got}")
+
+
+def _fake(
+    hidden: Tensor, query: Tensor, offset: Tensor, lengths: Tensor, eps: float, centered: bool, softmax: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = query.shape[:2]
+    return query.new_empty((*rows, hidden.shape[1])), query.new_empty(rows), query.new_empty(rows)
+
+
+_backends.register(OPERATOR, SCHEMA, dense, _fake)
