@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from ..tiny import WEIGHTS
 
 VALUES = 256  # of each parameter: a fine-tuned model differs in nearly all of them, and 7 G parameters need no reading
 # fp16's least normal number: below it a bf16 value cast to fp16 would come back changed.
@@ -53,3 +56,11 @@ def _digest(values: Tensor) -> bytes:
     rounded = taken.to("cpu", torch.bfloat16).float()
     rounded = torch.where(rounded.abs() < LEAST, 0.0, rounded).bfloat16().view(torch.int16)
     return hashlib.sha256(repr(tuple(values.shape)).encode() + rounded.numpy().astype("<i2").tobytes()).digest()
+
+
+def model_name(model: Any) -> str:
+    """What to call a model: the last part of the name or folder it was loaded from, never the folders before it."""
+    name = Path(str(getattr(model, "name_or_path", "")))
+    if name.is_dir() and name.resolve() == WEIGHTS.resolve():
+        return "the shipped LVLM"
+    return name.name or type(model).__name__
