@@ -2,8 +2,9 @@
 
 Registers, stack and instructions are read out of the machine code in LIBRARY, shared memory is what the launcher asks
 for at most. A kernel fails that keeps anything on the stack (spilled registers, arrays that are not in registers), asks
-for more shared memory than its architectures have, was written for tensor cores and does not use them, or copies tiles
-in less than 16 bytes at a time. Needs cuobjdump and nvdisasm, on PATH or in Triton's wheel, and a C++ compiler.
+for more shared memory than its architectures have, was written for tensor cores and does not use them, copies tiles in
+less than 16 bytes at a time, or streams states with fewer 16-byte loads than it has registers for. Needs cuobjdump and
+nvdisasm, on PATH or in Triton's wheel, and a C++ compiler.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 
 FIRST_WITH_TENSOR_CORES = 80
 # Kernels that multiply matrices; the others prepare and add up.
 MULTIPLYING = ("relevancy_product_columns<", "backward_keys<", "backward_rows<", "glimpse_statistics_rows<")
+# Kernels that stream states which start at 16 bytes: four loads of each of four columns.
+STREAMING, STREAMED_LOADS = "proxy_relevancy_scores<WideStates<", 16
 INSTRUCTIONS = {
     "tensor core": re.compile(r"\bHMMA\.16816\."),
     "16-byte copy": re.compile(r"\bLDGSTS\.E(\.\w+)*\.128\b"),
@@ -115,6 +118,8 @@ def complaints(kernel: Kernel, counts: Counter[str], shared: int) -> list[str]:
         found.append("no tensor-core instruction")
     if for_tensor_cores and not counts["matrix load"]:
         found.append("no matrix load")
+    if kernel.name.startswith(STREAMING) and counts["16-byte load"] < STREAMED_LOADS:
+        found.append(f"{counts['16-byte load']} 16-byte loads, expected {STREAMED_LOADS}")
     wide = "16-byte copy" if kernel.architecture >= FIRST_WITH_TENSOR_CORES else "16-byte load"
     if multiplies and not shared:
         found.append("tests/native/shared_memory.cpp does not name it")
@@ -140,6 +145,7 @@ def main() -> None:
         print(
             f"{short:>49}  {''.join(cells)}  shared ≤ {shared.get(name, 0) / 1024:5.1f} KiB  HMMA"
             f" {counts['tensor core']:>3}  LDSM {counts['matrix load']:>3}  LDGSTS.128 {counts['16-byte copy']:>2}"
+            f"  LDG.128 {counts['16-byte load']:>2}"
         )
         for architecture, kernel in of_name.items():
             for complaint in complaints(kernel, counted.get((architecture, name), Counter()), shared.get(name, 0)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from lvlm_fastxai.ops.key_ranges import real_columns
 from lvlm_fastxai.reference import attention_backward_relevancy as dense_backward
 from lvlm_fastxai.reference import glimpse_statistics as dense_statistics
+from lvlm_fastxai.reference import proxy_relevancy as dense_proxy
 
 NATIVE_SOURCES = Path(__file__).with_name("native")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -443,12 +444,169 @@ def test_ranges_that_leave_the_keys_are_clamped(dtype: torch.dtype, kernels: Ker
     assert_equal(kernels(replace(case, ranges=wild)), kernels(case))
 
 
+@dataclass
+class ProxyCase:
+    """Arguments of proxy_relevancy."""
+
+    hidden: Tensor
+    query: Tensor
+    offset: Tensor
+    lengths: Tensor
+    eps: float = 1e-6
+    centered: bool = False
+    softmax: bool = False
+
+    def truth(self) -> tuple[Tensor, ...]:
+        tensors = (t.double() for t in (self.hidden, self.query, self.offset))
+        return dense_proxy(*tensors, self.lengths, self.eps, self.centered, self.softmax)
+
+
+def make_proxy(
+    batch: int = 2,
+    columns: int = 9,
+    targets: int = 1,
+    width: int = 40,
+    *,
+    dtype: torch.dtype = torch.float32,
+    mean: float = 0.0,
+    **options: Any,
+) -> ProxyCase:
+    """Scores of a few units; mean: of every state, in its standard deviations."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(batch, columns, width, generator=generator) * 3 + 3 * mean).to(dtype)
+    query = torch.randn(batch, targets, width, generator=generator) * (4 / width**0.5)
+    offset = torch.randn(batch, targets, generator=generator)
+    return ProxyCase(hidden, query, offset, torch.full((batch,), columns, dtype=torch.int32), **options)
+
+
+Proxy = Callable[..., tuple[Tensor, ...]]
+
+
+@pytest.fixture
+def proxy(library: ctypes.CDLL) -> Proxy:
+    def run_kernels(case: ProxyCase, backwards: bool = False) -> tuple[Tensor, ...]:
+        batch, columns, width = case.hidden.shape
+        targets = case.query.shape[1]
+        shapes = (batch, targets, columns), (batch, targets), (batch, targets)
+        results = [torch.full(shape, torch.nan) for shape in shapes]
+        library.proxy_relevancy(
+            ELEMENTS[case.hidden.dtype],
+            pointers((case.hidden, case.query, case.offset, case.lengths)),
+            integers((batch, columns, targets, width)),
+            integers(case.hidden.stride()[:2]),
+            *(ctypes.c_float(case.eps), case.centered, case.softmax, backwards),
+            pointers(results),
+        )
+        return tuple(results)
+
+    return run_kernels
+
+
+def assert_near(results: tuple[Tensor, ...], case: ProxyCase) -> None:
+    """Within 1e-5 of the twin in fp64 on the same inputs, which 16-bit states are exact in."""
+    for result, truth in zip(results, case.truth(), strict=True):
+        assert (result - truth).abs().max() <= 1e-5
+
+
+HEADS = [{"centered": centered, "softmax": softmax} for centered in (False, True) for softmax in (False, True)]
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 8, 37, 1032, 4100, 8200])
+def test_proxy_widths(width: int, dtype: torch.dtype, head: dict[str, bool], proxy: Proxy) -> None:
+    """Less than 16 bytes, rows that start at 16 bytes and rows that do not, and more than a block holds at once."""
+    case = make_proxy(columns=6, width=width, dtype=dtype, **head)
+    assert_near(proxy(case), case)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 5, 576, 2100])
+@pytest.mark.parametrize("softmax", [False, True])
+def test_proxy_columns(columns: int, softmax: bool, proxy: Proxy) -> None:
+    """Also more than the threads of a block read at a time."""
+    case = make_proxy(batch=1, columns=columns, width=16, softmax=softmax)
+    assert_near(proxy(case), case)
+    assert columns > 1 or proxy(case)[1].tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize("targets", [2, 5, 67])
+@pytest.mark.parametrize("width", [40, 41, 4200])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_proxy_targets(targets: int, width: int, dtype: torch.dtype, proxy: Proxy) -> None:
+    """Across what a block takes on at a time and at all (4 and 64); together they have the bits that each has alone."""
+    case = make_proxy(columns=5, targets=targets, width=width, dtype=dtype, centered=True)
+    assert_near(proxy(case), case)
+    rows = zip(case.query.split(1, dim=1), case.offset.split(1, dim=1), strict=True)
+    alone = [proxy(replace(case, query=query.contiguous(), offset=offset.contiguous())) for query, offset in rows]
+    assert_equal(proxy(case), tuple(torch.cat(parts, dim=1) for parts in zip(*alone, strict=True)))
+
+
+@pytest.mark.parametrize("width", [40, 1030, 8200])
+@pytest.mark.parametrize("first", [0.0, 1000.0])
+def test_proxy_of_a_mean_that_hides_the_deviation(width: int, first: float, proxy: Proxy) -> None:
+    """A mean of 100 deviations, also where the states that are read first are far from the others."""
+    case = make_proxy(width=width, mean=100.0, centered=True)
+    case.hidden[..., : width // 2] += first
+    assert_near(proxy(case), case)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_proxy_padding_is_not_read(head: dict[str, bool], proxy: Proxy) -> None:
+    case = make_proxy(batch=5, columns=11, targets=3, **head)
+    case.lengths = torch.tensor([11, 6, 1, 0, 99], dtype=torch.int32)
+    for b, length in enumerate(case.lengths.tolist()):
+        case.hidden[b, length:] = torch.nan
+    found = proxy(case)
+    assert_near(found, replace(case, lengths=case.lengths.clamp(max=11)))
+    assert not found[0][1, :, 6:].any() and not found[1][2:4].any() and not found[2][3].any()
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_proxy_scores_whose_maps_underflow(softmax: bool, proxy: Proxy) -> None:
+    """Entropies come from logarithms: maps of 0 have one, and so do those of 1."""
+    case = make_proxy(columns=300, targets=2, softmax=softmax)
+    case.offset[:, 0], case.offset[:, 1] = -150.0, 150.0
+    found = proxy(case)
+    assert_near(found, case)
+    assert found[1].min() > 0.1 and (softmax or found[0][:, 0].max() == 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_proxy_order_of_threads_does_not_matter(dtype: torch.dtype, proxy: Proxy) -> None:
+    for softmax in (False, True):
+        case = make_proxy(columns=70, targets=6, width=4200, dtype=dtype, centered=True, softmax=softmax)
+        assert_equal(proxy(case), proxy(case, backwards=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gap", [1, 8])
+def test_proxy_views(dtype: torch.dtype, gap: int, proxy: Proxy) -> None:
+    """Columns cut out of a longer sequence and of wider states, which do or do not start at 16 bytes."""
+    case = make_proxy(columns=6, width=40, dtype=dtype)
+    wider = torch.full((2, 10, 40 + 2 * gap), torch.nan, dtype=dtype)
+    wider[:, 3:9, gap:-gap] = case.hidden
+    assert_near(proxy(replace(case, hidden=wider[:, 3:9, gap:-gap])), case)
+
+
+def test_proxy_without_columns(proxy: Proxy) -> None:
+    relevancy, entropy, bernoulli = proxy(make_proxy(columns=0, targets=3))
+    assert relevancy.numel() == 0 and not entropy.any() and not bernoulli.any()
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_proxy_nan_reaches_what_it_is_part_of(softmax: bool, proxy: Proxy) -> None:
+    case = make_proxy(columns=20, targets=2, softmax=softmax)
+    case.hidden[0, 7, 3] = torch.nan
+    relevancy, entropy, bernoulli = proxy(case)
+    assert relevancy[0, :, 7].isnan().all() and (softmax or relevancy.isnan().sum() == 2)
+    assert entropy.isnan().tolist() == bernoulli.isnan().tolist() == [[True, True], [False, False]]
+
+
 def test_launching_neither_waits_for_the_device_nor_allocates() -> None:
     """Everything else of the CUDA runtime is kept out of the entry points: these calls may be made while a stream is
     captured in a graph (CUDA Programming Guide, "CUDA Graphs", prohibited operations), and memory comes from torch."""
     sources = [path.read_text() for path in (NATIVE_SOURCES.parents[1] / "csrc" / "cuda").iterdir()]
     called = {name for source in sources for name in re.findall(r"\b(cu(?:da)?[A-Z]\w+)\(", source)}
     device = {"cudaGetDevice", "cudaSetDevice", "cudaDeviceGetAttribute", "cudaFuncSetAttribute"}
-    assert called == device | {"cudaGetLastError", "cudaGetErrorString"}
-    launches = [launch for source in sources for launch in re.findall(r"<<<(.*?)>>>", source)]
-    assert launches == ["grid, kThreads, shared_bytes, stream"]
+    assert called == device | {"cudaFuncGetAttributes", "cudaLaunchKernelEx", "cudaGetErrorString"}
+    assert not any("<<<" in source for source in sources)

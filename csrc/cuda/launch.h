@@ -55,12 +55,37 @@ struct LaunchOnStream {
 
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), dim3 grid, int shared_bytes, const Arguments&... arguments) const {
+    start(kernel, grid, shared_bytes, false, arguments...);
+  }
+
+  // For a kernel that calls ptx::wait_for_kernel_before(): it may begin while the one before it in the stream runs.
+  template <typename... Parameters, typename... Arguments>
+  void overlapping(void (*kernel)(Parameters...), dim3 grid, int shared_bytes, const Arguments&... arguments) const {
+    // Machine code that was made from PTX for older devices does not wait.
+    cudaFuncAttributes compiled;
+    check(op, cudaFuncGetAttributes(&compiled, kernel));
+    start(kernel, grid, shared_bytes, compiled.ptxVersion >= 90, arguments...);
+  }
+
+ private:
+  template <typename... Parameters, typename... Arguments>
+  void start(void (*kernel)(Parameters...), dim3 grid, int shared_bytes, bool overlaps,
+             const Arguments&... arguments) const {
     // What a kernel may use without being asked; more than that differs between devices.
     if (shared_bytes > 48 << 10) {
       check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
     }
-    kernel<<<grid, kThreads, shared_bytes, stream>>>(arguments...);
-    check(op, cudaGetLastError());
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = overlaps ? 1 : 0;
+    check(op, cudaLaunchKernelEx(&config, kernel, arguments...));
   }
 };
 

@@ -38,6 +38,20 @@ __device__ inline int thread() {
   return index;
 }
 
+// Lets a kernel that is launched as overlapping this one begin once every block of this one has called this or ended.
+__device__ inline void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernel that this one overlaps has ended and what it wrote can be read.
+__device__ inline void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // 16 bytes to shared memory, of which the first `present` are read from device memory and the others are zero. Both
 // addresses are multiples of 16. The copy is complete after wait() and a barrier.
 __device__ inline void copy16(void* shared, const void* global, int present) {
@@ -176,6 +190,8 @@ __device__ inline float rectified(float x) {
 
 constexpr bool kTensorCores = true;
 int thread();
+void let_next_kernel_begin();
+void wait_for_kernel_before();
 void copy16(void* shared, const void* global, int present);
 void commit();
 template <int kPending>

@@ -71,6 +71,7 @@ struct Block {
   unsigned current = 0;
 };
 static Block* block = nullptr;
+static uint64_t waits = 0;  // for the kernel before, of all threads
 
 // glibc's own setjmp keeps signal masks out of it, which makes a switch cost nanoseconds.
 inline void yield() {
@@ -201,6 +202,12 @@ namespace ptx {
 
 int thread() {
   return static_cast<int>(threadIdx.x);
+}
+
+// Kernels run one after the other here.
+void let_next_kernel_begin() {}
+void wait_for_kernel_before() {
+  ++cuda_on_host::waits;
 }
 
 void copy16(void* shared, const void* global, int present) {
@@ -380,6 +387,14 @@ struct Launch {
       }
     }
     block = nullptr;
+  }
+
+  template <typename... Parameters, typename... Arguments>
+  void overlapping(void (*kernel)(Parameters...), dim3 grid, int shared_bytes, const Arguments&... arguments) const {
+    const uint64_t before = waits;
+    (*this)(kernel, grid, shared_bytes, arguments...);
+    if (waits - before != uint64_t{threads} * grid.x * grid.y * grid.z)
+      fail("a thread did not wait for the kernel before");
   }
 };
 

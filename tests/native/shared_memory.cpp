@@ -9,6 +9,7 @@
 
 #include "../../csrc/cuda/attention_backward_relevancy.cuh"
 #include "../../csrc/cuda/glimpse_statistics.cuh"
+#include "../../csrc/cuda/proxy_relevancy.cuh"
 #include "../../csrc/cuda/relevancy_product.cuh"
 
 using namespace fastxai::cuda;
@@ -40,7 +41,16 @@ void print_statistics() {
 }
 
 template <typename T>
+void print_scores() {
+  print<WideStates<T, 1>>("proxy_relevancy_scores", sizeof(ProxySums));
+  print<WideStates<T, 4>>("proxy_relevancy_scores", sizeof(ProxySums));
+  print<NarrowStates<T, 1>>("proxy_relevancy_scores", sizeof(ProxySums));
+  print<NarrowStates<T, 4>>("proxy_relevancy_scores", sizeof(ProxySums));
+}
+
+template <typename T>
 void print_16_bit() {
+  print_scores<T>();
   print_columns<FmaTiles<T>, TensorCoreTiles<T, 64>, TensorCoreTiles<T, 96>, TensorCoreTiles<T, 128>,
                 TensorCoreTiles<T, 256>>();
   print_backward_keys<FmaPairs<T, 2>, TensorCorePairs<T, 64, 2>, TensorCorePairs<T, 96, 2>, TensorCorePairs<T, 128, 2>,
@@ -51,6 +61,7 @@ void print_16_bit() {
 }
 
 int main() {
+  print_scores<float>();
   print_columns<FmaTiles<float>>();
   print_backward_keys<FmaPairs<float, 2>>();
   print_backward_rows<FmaPairs<float, 1>>();
