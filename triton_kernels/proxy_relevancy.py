@@ -200,15 +200,15 @@ def finish_rows(
     for first in range(0, count, PIECE):
         score = tl.load(scores + first + i, mask=first + i < count, other=float("-inf"))
         highest = tl.maximum(highest, score)
+    # It also stands in for the columns that there are not: nothing overflows there.
+    best = tl.where(count > 0, tl.max(highest, axis=0), 0.0)
     # The logarithms of both maps rise with the score, that of softmax known but for a constant.
-    top = tl.max(highest, axis=0)
-    if not SOFTMAX:
-        top = log_sigmoid(top)
+    top = best if SOFTMAX else log_sigmoid(best)
 
     total = tl.zeros((PIECE,), tl.float32)
     weighted = tl.zeros((PIECE,), tl.float32)
     for first in range(0, count, PIECE):
-        log_map = tl.load(scores + first + i, mask=first + i < count, other=0.0)
+        log_map = tl.load(scores + first + i, mask=first + i < count, other=best)
         if not SOFTMAX:
             log_map = log_sigmoid(log_map)
         share = tl.where(first + i < count, tl.exp(log_map - top), 0.0)
@@ -222,7 +222,7 @@ def finish_rows(
     uncertain = tl.zeros((PIECE,), tl.float32)
     for first in range(0, columns, PIECE):
         inside = first + i < count
-        score = tl.load(scores + first + i, mask=inside, other=0.0)
+        score = tl.load(scores + first + i, mask=inside, other=best)
         if SOFTMAX:
             log_map = score - top - log_total
             relevancy = tl.exp(log_map)
