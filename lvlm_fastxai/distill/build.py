@@ -148,7 +148,7 @@ def build_maps(
         "source_digest": source.digest,
         "samples": len(source),
         "method": method,
-        "row_tolerance": row_tolerance,
+        "row_tolerance": row_tolerance if isinstance(row_tolerance, str) else float(row_tolerance),
         "answers": answers,
         "max_new_tokens": max_new_tokens,
         "shard_size": shard_size,
@@ -234,11 +234,10 @@ def _prepare(folder: Path, settings: dict[str, Any], count: int) -> tuple[list[i
                 continue
             raise ArgumentError(f"--out: {error}, and belongs to no maps of this source; remove it") from error
         for name, what in IDENTITY.items():
-            theirs, ours = shard.settings.get(name), settings[name]
-            if theirs != ours:
+            if shard.settings.get(name) != settings[name]:
                 raise ArgumentError(
-                    f"--out: '{folder}' holds maps with another {what}: {theirs} in {path.name}, {ours} now; give "
-                    "another folder, or remove this one to begin anew"
+                    f"--out: '{folder}' holds maps with another {what}: {_shown(shard.settings, name)} in {path.name}, "
+                    f"{_shown(settings, name)} now; give another folder, or remove this one to begin anew"
                 )
         if names.get(path.name) != shard.start // settings["shard_size"]:
             damaged.append(path.name)  # renamed or copied over another
@@ -250,6 +249,13 @@ def _prepare(folder: Path, settings: dict[str, Any], count: int) -> tuple[list[i
     if missing:
         (folder / INDEX).unlink(missing_ok=True)  # it would promise files that are not there
     return missing, damaged
+
+
+def _shown(settings: dict[str, Any], name: str) -> str:
+    """A setting for people, who know models and sources by their names."""
+    title = {"model_fingerprint": "model", "source_digest": "source"}.get(name)
+    value = str(settings.get(name))
+    return value if title is None else f"{settings.get(title)} ({value[:12]})"
 
 
 def _explain_shard(
