@@ -256,8 +256,7 @@ class Queue:
             ArgumentError: the record cannot be kept, or the file cannot be written.
         """
         for name in ("question", "answer", "model_name", "model_fingerprint", "head_fingerprint", "sample_id"):
-            if not isinstance(getattr(record, name), str):
-                raise ArgumentError(f"{name}: expected text, got {type(getattr(record, name)).__name__}")
+            _check_text(name, getattr(record, name))
         picture = record.picture.convert("RGB")
         of_picture = picture_digest(picture)
         key = [of_picture, record.question, record.sample_id, record.model_fingerprint, record.answer]
@@ -334,6 +333,8 @@ class Queue:
             raise ArgumentError(f"verdict: expected one of {', '.join(VERDICTS)}, got {verdict!r}")
         if (verdict == "correct") != (answer is not None):
             raise ArgumentError("answer: a corrected answer goes with the verdict 'correct', and with no other")
+        for name, text in (("answer", answer or ""), ("note", note), ("reviewer", reviewer)):
+            _check_text(name, text)
         with self._writing() as database:
             found = database.execute("SELECT answer, state, decision FROM shown WHERE id = ?", (item,)).fetchone()
             if found is None:
@@ -505,7 +506,7 @@ class Queue:
                     self._database.execute("ROLLBACK")
                     raise
                 self._database.execute("COMMIT")
-            except sqlite3.Error as error:
+            except (sqlite3.Error, OverflowError) as error:
                 raise ArgumentError(f"queue: cannot write '{self.path}': {error}") from error
 
     def _read(self, query: str, values: Any = ()) -> list[sqlite3.Row]:
@@ -575,6 +576,15 @@ def _png(picture: Image.Image) -> bytes:
 def _plain(text: str) -> str:
     """White space and case aside, as answers are compared."""
     return " ".join(text.split()).casefold()
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ArgumentError(f"{name}: expected text, got {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(f"{name}: expected text, got half of a surrogate pair at {error.start}") from error
 
 
 def _number(value: float | None) -> float | None:
