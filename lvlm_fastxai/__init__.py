@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .aggregation import Aggregate, Aggregator, aggregate
     from .explainer import Explainer
     from .explanation import Explanation
+    from .fastrm.head import FastRM, FastRMConfig
+    from .fastrm.live import LiveMaps
     from .methods import GlimpseOptions
     from .ops import use_backend
     from .relevancy import relevancy_rows
@@ -25,7 +27,10 @@ _HOMES = {
     "Aggregator": ".aggregation",
     "Explainer": ".explainer",
     "Explanation": ".explanation",
+    "FastRM": ".fastrm.head",
+    "FastRMConfig": ".fastrm.head",
     "GlimpseOptions": ".methods",
+    "LiveMaps": ".fastrm.live",
     "aggregate": ".aggregation",
     "load_tiny_lvlm": ".tiny",
     "relevancy_rows": ".relevancy",
@@ -38,7 +43,10 @@ __all__ = [
     "Aggregator",
     "Explainer",
     "Explanation",
+    "FastRM",
+    "FastRMConfig",
     "GlimpseOptions",
+    "LiveMaps",
     "aggregate",
     "families",
     "load_tiny_lvlm",

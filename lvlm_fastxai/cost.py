@@ -145,7 +145,7 @@ def estimate_cost(
         prompt_length: positions of the prompt, image tokens included.
         answer_length: answer tokens, each explained.
         pictures: the processor's pixel_values, (…, channels, h, w) or (patches, values); None: no vision tower runs.
-        memory, method, row_tolerance: as in `relevancy_rows`.
+        memory, method, row_tolerance: as in `Explainer`.
     """
     text = model.config.get_text_config()
     layers, width, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
@@ -162,9 +162,11 @@ def estimate_cost(
     def attention(length: int) -> float:
         return 2 * length**2 * heads * head * layers  # 4·S²·d·H, and the causal half of it
 
-    needs_gradient = METHODS[method].needs_gradient
-    tried = tolerances(METHODS[method].tolerance(row_tolerance), model.dtype, total)
-    records = saves_a_forward(needs_gradient, memory, tried)
+    # A FastRM head reads what the generation leaves, in passes over one layer's states: nothing beside the rest.
+    sweep = METHODS.get(method)
+    needs_gradient = sweep is not None and sweep.needs_gradient
+    tried = (0.0,) if sweep is None else tolerances(sweep.tolerance(row_tolerance), model.dtype, total)
+    records = sweep is None or saves_a_forward(needs_gradient, memory, tried)
     recomputes = memory != "fast" or tried != (0.0,)
 
     def forward(length: int, rows: int) -> _Work:

@@ -6,6 +6,7 @@ __all__ = [
     "ArgumentError",
     "BackendUnavailableError",
     "FastXAIError",
+    "ModelMismatchError",
     "NotDifferentiableError",
     "UnknownFamilyError",
     "UnsupportedModelError",
@@ -22,6 +23,10 @@ class ArgumentError(FastXAIError, ValueError):
 
 class BackendUnavailableError(FastXAIError, RuntimeError):
     """The backend that was asked for cannot serve the problem; the message says why."""
+
+
+class ModelMismatchError(FastXAIError, ValueError):
+    """What was made for one model was given another; the message names both."""
 
 
 class NotDifferentiableError(FastXAIError, RuntimeError):

@@ -37,6 +37,8 @@ from .explanation import (
     TokenWeight,
     UntouchedToken,
 )
+from .fastrm.head import FastRM
+from .fastrm.live import LiveMaps, LiveStep
 from .methods import METHODS, GlimpseOptions, check_options
 from .picture import load_picture, one_line
 from .pruning import tolerances
@@ -49,6 +51,9 @@ from .token_choice import check_tokens, choose_tokens
 __all__ = ["Estimate", "Explainer"]
 
 Progress = Callable[[str, int, int], None]
+
+# Maps by a head that was trained for the model: no sweep, so it is not among the methods of `relevancy_rows`.
+PROXY = "fastrm"
 
 # Inputs with one entry per position, and what an answer's position holds. All others belong to the pictures.
 ANSWER_FILL = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
@@ -66,7 +71,8 @@ class Explainer:
         model: a transformers image-text-to-text model with a decoder-only language model.
         processor: its processor (pictures and text).
         method: "chefer" (default), "lvlm_interpret", "glimpse" or "raw_attention"; see `relevancy_rows`. "glimpse"
-            weights the answer's tokens and compares its maps with those of "chefer".
+            weights the answer's tokens and compares its maps with those of "chefer". "fastrm": the maps that `head`
+            predicts while the answer is generated; approximate, of the image alone, and without a sweep.
         memory: "fast" keeps activations, "lean" recomputes layer by layer, "min" also keeps layer inputs off the
             device.
         row_tolerance: 0 for the exact sweep, ε > 0 for the pruned one, "auto" for what the dtype's rounding allows; see
@@ -74,11 +80,14 @@ class Explainer:
         options: `GlimpseOptions` for method "glimpse"; None for its defaults.
         tokens: of the answer, which are explained: "all", "content" (those of content words) or "top:K" (the K most
             probable of these); one backward each.
+        head: a `FastRM` head trained for this model. With any method it gives every token the entropy of its predicted
+            map; method "fastrm" takes its maps.
         prompt_template: text around image and question, with the fields ``{image}`` and ``{question}``, for a processor
             without a chat template. None: the chat template, and ``"{image}{question}"`` where there is none.
 
     Raises:
         ArgumentError: an unknown method or memory mode, a processor without pictures or text, a text-only model.
+        ModelMismatchError: the head was trained for another model.
 
     Example:
         >>> import lvlm_fastxai as fx
@@ -99,9 +108,16 @@ class Explainer:
         row_tolerance: float | str = 0.0,
         options: GlimpseOptions | None = None,
         tokens: str = "all",
+        head: FastRM | None = None,
         prompt_template: str | None = None,
     ) -> None:
-        check_options(method, options)
+        if method != PROXY:
+            check_options(method, options)
+        elif head is None or options is not None:
+            raise ArgumentError(
+                "method: 'fastrm' takes no options, and a head that was trained for the model: "
+                "head=fx.FastRM.from_pretrained(folder), or 'shipped' for the shipped model"
+            )
         check_tokens(tokens)
         if memory not in MEMORY_MODES:
             raise ArgumentError(f"memory: expected one of {', '.join(MEMORY_MODES)}, got {memory!r}")
@@ -131,6 +147,9 @@ class Explainer:
         self.row_tolerance = row_tolerance
         self.options = options
         self.tokens = tokens
+        if head is not None:
+            head.check_model(model)
+        self.head = head
         self.prompt_template = prompt_template
 
     def __call__(
@@ -168,8 +187,8 @@ class Explainer:
         reading = self._reading(question, pictures, inputs, notes)
 
         started = time.perf_counter()
-        recorder = self._recorder(inputs)
-        generated, probabilities, chosen_by = self._generate(inputs, max_new_tokens, report, recorder)
+        recorder, live = self._recorder(inputs), self._live(inputs, pictures)
+        generated, probabilities, chosen_by = self._generate(inputs, max_new_tokens, report, recorder, live)
         generate_seconds = time.perf_counter() - started
         ends = self._end_tokens()
         if generated and generated[-1] in ends:
@@ -195,7 +214,11 @@ class Explainer:
         report("explain", 0, 1)
         started = time.perf_counter()
         with _peak_memory(joined["input_ids"].device) as peak:
-            result = self._explain(joined, targets, prompt_length, recording, chosen_by, partial(report, "explain"))
+            if self.method == PROXY and live is not None:
+                result = _predicted([live.steps[index] for index in explained], joined["input_ids"].shape[1])
+                notes.append("The FastRM head maps the image alone: prompt and earlier tokens have no values.")
+            else:
+                result = self._explain(joined, targets, prompt_length, recording, chosen_by, partial(report, "explain"))
         explain_seconds = time.perf_counter() - started
         report("explain", 1, 1)
         _check_finite(result)
@@ -210,6 +233,7 @@ class Explainer:
                 [generated[index] for index in explained],
                 [prompt_length + index for index in explained],
                 weighted=self.method == "glimpse",
+                entropies=None if live is None else [live.steps[index].entropy() for index in explained],
             ),
             prompt_tokens=reading.prompt_tokens,
             images=reading.images,
@@ -321,7 +345,7 @@ class Explainer:
         return template.replace("{image}", str(marker) * pictures).replace("{question}", question), notes
 
     def _check_image_tokens(self, inputs: Mapping[str, Any], pictures: int) -> None:
-        token = _media_tokens(self.model.config)[0]
+        token = families.media_tokens(self.model.config)[0]
         if token is not None and not bool((inputs["input_ids"] == token).any()):
             raise ArgumentError(
                 f"the prompt holds no image token (id {token}) although {pictures} picture(s) came: the processor's "
@@ -333,8 +357,19 @@ class Explainer:
         names = inspect.signature(self.model.forward).parameters
         return {name: value for name, value in inputs.items() if name in names}
 
+    def _live(self, inputs: Mapping[str, Any], pictures: Sequence[Image.Image]) -> LiveMaps | None:
+        """What will give every token its predicted map; None without a head."""
+        if self.head is None:
+            return None
+        sizes = [[(picture.height, picture.width) for picture in pictures]]
+        return LiveMaps(
+            self.head, self.model, inputs, image_sizes=sizes, image_processor=self.processor.image_processor
+        )
+
     def _recorder(self, inputs: Mapping[str, Any]) -> Recorder | None:
         """What will keep the pass of `generate` for the sweep; None where that saves nothing."""
+        if self.method == PROXY:
+            return None
         method = METHODS[self.method]
         tried = tolerances(method.tolerance(self.row_tolerance), self.model.dtype, inputs["input_ids"].shape[1])
         if not saves_a_forward(method.needs_gradient, self.memory, tried):
@@ -390,14 +425,19 @@ class Explainer:
         return replace(result, rows=nn.functional.pad(result.rows, missing), compared=compared)
 
     def _generate(
-        self, inputs: Mapping[str, Any], max_new_tokens: int, report: Progress, recorder: Recorder | None = None
+        self,
+        inputs: Mapping[str, Any],
+        max_new_tokens: int,
+        report: Progress,
+        recorder: Recorder | None = None,
+        live: LiveMaps | None = None,
     ) -> tuple[list[int], list[float], Tensor | None]:
         """Tokens of the greedy answer; their probabilities, NaN where no choice rests on them; and, with a recorder,
         the (steps, V) fp32 logits that they were chosen by."""
         prompt_length = inputs["input_ids"].shape[1]
 
         # A model that writes an image marker would ask, in the teacher-forced pass, for a picture that is not there.
-        media = [token for token in _media_tokens(self.model.config) if token is not None]
+        media = [token for token in families.media_tokens(self.model.config) if token is not None]
 
         class Watch(LogitsProcessor):
             def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -412,7 +452,7 @@ class Explainer:
 
         report("generate", 0, max_new_tokens)
         wanted = recorder is not None or self.tokens != "all"
-        with recorder or _evaluating(self.model), torch.no_grad():
+        with recorder or _evaluating(self.model), live or contextlib.nullcontext(), torch.no_grad():
             output = self.model.generate(
                 **self._accepted(inputs),
                 max_new_tokens=max_new_tokens,
@@ -425,6 +465,7 @@ class Explainer:
                 logits_processor=LogitsProcessorList([Watch()]),
                 return_dict_in_generate=True,
                 output_logits=wanted,
+                **({} if live is None else {"streamer": live}),
             )
         generated = output.sequences[0, prompt_length:].tolist()
         if not wanted:
@@ -475,7 +516,8 @@ class Explainer:
         """Name of the implementation that will run; BackendUnavailableError if the one asked for cannot."""
         if self.method == "raw_attention":
             return "torch (no kernel is needed)"
-        return ops.chosen_backend("relevancy_product", self.model.device, self.model.dtype)
+        operator = "proxy_relevancy" if self.method == PROXY else "relevancy_product"
+        return ops.chosen_backend(operator, self.model.device, self.model.dtype)
 
     def _reading(
         self, question: str, pictures: list[Image.Image], inputs: Mapping[str, Any], notes: list[str]
@@ -496,7 +538,7 @@ class Explainer:
             regions = [layout.box for layout in layouts]
         except UnknownFamilyError as error:
             notes.append(f"There is no image map: {error}")
-            image_token = _media_tokens(config)[0]
+            image_token = families.media_tokens(config)[0]
             columns = [column for column, token in enumerate(sequence) if token != image_token]
             regions = [(0.0, 0.0, 1.0, 1.0)] * len(pictures)
         pieces = self._pieces([sequence[column] for column in columns])
@@ -532,8 +574,10 @@ class _Reading:
         positions: Sequence[int],
         *,
         weighted: bool,
+        entropies: Sequence[float] | None = None,
     ) -> list[TokenExplanation]:
-        """One TokenExplanation per row of `result`; `weighted`: with what the tokens count for in the answer's maps."""
+        """One TokenExplanation per row of `result`; `weighted`: with what the tokens count for in the answer's maps;
+        `entropies`: of the maps that a head predicts."""
         columns = [token.position for token in self.prompt_tokens]
         question = [token.position for token in self.prompt_tokens if token.in_question]
         template = [token.position for token in self.prompt_tokens if not token.in_question]
@@ -580,6 +624,7 @@ class _Reading:
                     },
                     pruned=_pruned(result, index),
                     weight=weights[index],
+                    entropy=None if entropies is None else entropies[index],
                 )
             )
         return explained
@@ -591,6 +636,16 @@ class _Reading:
         row = result.compared.detach().float().cpu().mean(0)
         columns = [token.position for token in self.prompt_tokens]
         return Comparison("chefer", [layout.read(row).numpy() for layout in self.layouts], row[columns].numpy())
+
+
+def _predicted(steps: Sequence[LiveStep], columns: int) -> RelevancyRows:
+    """Rows of the steps' tokens, as a sweep would give them; nothing but the image's columns has a value."""
+    rows = torch.stack([step.row() for step in steps])
+    return RelevancyRows(
+        nn.functional.pad(rows, (0, columns - rows.shape[1])),
+        torch.cat([step.logits for step in steps]).cpu(),
+        torch.cat([step.probabilities for step in steps]).cpu(),
+    )
 
 
 def _pruned(result: RelevancyRows, index: int) -> Pruned | None:
@@ -607,7 +662,7 @@ def _pruned(result: RelevancyRows, index: int) -> Pruned | None:
 
 def _options(method: str, options: GlimpseOptions | None) -> dict[str, Any]:
     """The options that were in force, by name."""
-    kind = METHODS[method].options_type
+    kind = None if method == PROXY else METHODS[method].options_type
     return {} if kind is None else asdict(options or kind())
 
 
@@ -622,16 +677,6 @@ def find_question(pieces: Sequence[str], question: str) -> set[int]:
         # Unknown words or normalisation: all of the prompt's text is shown rather than none.
         return set(range(len(pieces)))
     return {index for _, index in spelled[start : start + len(wanted)]}
-
-
-def _media_tokens(config: Any) -> list[int | None]:
-    """Ids of the tokens that stand for image (first) and other features; None where the configuration does not say."""
-    try:
-        family = families.find(config)
-        names: tuple[str, ...] = (family.image_token, *family.other_tokens)
-    except UnknownFamilyError:
-        names = ("image_token_id" if hasattr(config, "image_token_id") else "image_token_index",)
-    return [getattr(config, name, None) for name in names]
 
 
 @contextlib.contextmanager

@@ -143,6 +143,8 @@ class TokenExplanation:
             (the rest of the prompt's text) and "answer" (the answer's earlier tokens).
         pruned: what a pruned sweep kept; None if the row is exact.
         weight: what the token counts for in the answer's maps; None for a method that weights all alike.
+        entropy: of the map that a FastRM head predicts for the token, in 0 … 1; low where it is concentrated. None
+            without a head.
     """
 
     text: str
@@ -155,6 +157,7 @@ class TokenExplanation:
     shares: dict[str, float]
     pruned: Pruned | None = None
     weight: TokenWeight | None = None
+    entropy: float | None = None
 
     @property
     def image_map(self) -> NDArray[np.float32]:
@@ -187,6 +190,7 @@ class Explanation:
         chosen_tokens: "all", "content" or "top:K".
         untouched: the answer's tokens that were not chosen, special tokens left out.
         comparison: another method's maps of the same answer.
+        decision: of a policy on this answer, {"verdict": "accept" or "review", "score": …, "reason": …}; None without.
 
     Example:
         >>> import lvlm_fastxai as fx
@@ -221,6 +225,7 @@ class Explanation:
     chosen_tokens: str = "all"
     untouched: list[UntouchedToken] = field(default_factory=list)
     comparison: Comparison | None = None
+    decision: dict[str, Any] | None = None
 
     @property
     def weighted(self) -> bool:
@@ -279,6 +284,12 @@ class Explanation:
         return float(np.mean(kept))
 
     @property
+    def entropy(self) -> float | None:
+        """Mean entropy of the explained tokens' predicted maps, in 0 … 1; None without a FastRM head."""
+        found = [t.entropy for t in self.tokens if t.entropy is not None]
+        return float(np.mean(found)) if found else None
+
+    @property
     def confidence(self) -> float:
         """Geometric mean of the tokens' probabilities, in 0 … 1. It says how sure the model was, not how right."""
         probabilities = np.array([*(t.probability for t in self.tokens), *(t.probability for t in self.untouched)])
@@ -292,6 +303,8 @@ class Explanation:
             "answer": self.answer,
             "confidence": self.confidence,
             "confidence_definition": CONFIDENCE_DEFINITION,
+            "entropy": self.entropy,
+            "decision": self.decision,
             "method": self.method,
             "options": self.options,
             "chosen_tokens": self.chosen_tokens,
@@ -335,6 +348,7 @@ class Explanation:
                     "shares": t.shares,
                     "pruned": None if t.pruned is None else t.pruned.to_dict(),
                     "weight": None if t.weight is None else t.weight.to_dict(),
+                    "entropy": t.entropy,
                 }
                 for t in self.tokens
             ],

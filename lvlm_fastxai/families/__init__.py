@@ -20,7 +20,7 @@ from ..errors import ArgumentError, UnknownFamilyError
 from ._family import Family
 from ._layouts import Box, ImageLayout, Part, Prompt, attribute
 
-__all__ = ["Box", "Family", "ImageLayout", "Part", "find", "image_layouts", "known", "prompt_columns"]
+__all__ = ["Box", "Family", "ImageLayout", "Part", "find", "image_layouts", "known", "media_tokens", "prompt_columns"]
 
 
 @cache
@@ -57,6 +57,19 @@ def find(config: Any) -> Family:
         f"lvlm_fastxai/families/{str(model_type).replace('-', '_')}.py: "
         f"FAMILY = Family(model_types=({model_type!r},), image_token=…, layout=…)"
     )
+
+
+def media_tokens(config: Any) -> list[int | None]:
+    """Ids of the tokens that stand for image (first) and other features; None where the configuration does not say.
+
+    Of an unknown family, what the configuration calls image token.
+    """
+    try:
+        family = find(config)
+        names: tuple[str, ...] = (family.image_token, *family.other_tokens)
+    except UnknownFamilyError:
+        names = ("image_token_id" if hasattr(config, "image_token_id") else "image_token_index",)
+    return [getattr(config, name, None) for name in names]
 
 
 def image_layouts(

@@ -45,6 +45,7 @@ METHOD_NAMES = {
     "lvlm_interpret": "LVLM-Interpret, exact",
     "glimpse": "GLIMPSE",
     "raw_attention": "Last layer's mean attention",
+    "fastrm": "FastRM, predicted by a trained head",
 }
 PARTS = ("image", "question", "template", "answer")
 
@@ -309,6 +310,13 @@ def _rounded(values: Any) -> list[float]:
     return [float(f"{value:.6g}") for value in values]
 
 
+def _decision(explanation: Explanation) -> dict[str, str]:
+    facts = {} if explanation.entropy is None else {"Map entropy": f"{explanation.entropy:.3f} (FastRM, 0 to 1)"}
+    if explanation.decision is not None:
+        facts["Decision"] = f"{explanation.decision['verdict']}: {explanation.decision['reason']}"
+    return facts
+
+
 def _facts(explanation: Explanation) -> str:
     facts = {
         "Method": METHOD_NAMES.get(explanation.method, explanation.method),
@@ -317,6 +325,7 @@ def _facts(explanation: Explanation) -> str:
         "Model": explanation.model_name,
         "Architecture": explanation.model_class,
         "Confidence": percent(explanation.confidence),
+        **_decision(explanation),
         "Time to answer": _seconds(explanation.seconds.get("generate", 0.0)),
         "Time to explain": _seconds(explanation.seconds.get("explain", 0.0)),
         "Peak memory": "not measured" if explanation.peak_bytes is None else _bytes(explanation.peak_bytes),

@@ -1,0 +1,281 @@
+"""The FastRM head (arXiv 2412.01487): predicts an explained token's relevancy map from hidden states alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .. import ops
+from ..errors import ArgumentError, ModelMismatchError
+from ..ops.proxy_relevancy import ACTIVATIONS, NORMS
+from ..picture import one_line
+from .fingerprint import fingerprint
+
+SCHEMA = "lvlm-fastxai/fastrm/1"
+CONFIG, WEIGHTS = "fastrm.json", "fastrm.safetensors"
+SHIPPED = Path(__file__).parent / "shipped"
+"""Folder of the head for the LVLM that ships with the package."""
+
+
+@dataclass(frozen=True)
+class FastRMConfig:
+    """What a head is and which model it belongs to. Where the paper is silent, ours: docs/fastrm.md has the ablation.
+
+    Attributes:
+        hidden_size: D, width of the model's hidden states.
+        layer: index of the decoder layer whose output is read, before the model's final norm; −1 is the last.
+        dim: d_p, width of the head's query and keys.
+        query_width: width of a GELU layer between the normalised state and the query; 0 for the plain projection.
+        norm: "rms" or "layer", with weights of its own.
+        activation: "sigmoid" (each column for itself) or "softmax" (over the columns).
+        eps: of the norm.
+        binarisation: share of the min–max normalised relevancy above which a column is a positive target.
+        decision_threshold: values of the map above it count as predicted positive, for a softmax after min–max.
+        method: whose maps it was trained on.
+        model_name, model_fingerprint: of the model; `lvlm_fastxai.fastrm.fingerprint.fingerprint`.
+        trained_on: sources of its maps.
+        version: of this package.
+
+    Raises:
+        ArgumentError: a value outside these.
+    """
+
+    hidden_size: int
+    layer: int = -1
+    dim: int = 64
+    query_width: int = 0
+    norm: str = "rms"
+    activation: str = "sigmoid"
+    eps: float = 1e-6
+    binarisation: float = 0.3
+    decision_threshold: float = 0.5
+    method: str = "chefer"
+    model_name: str = ""
+    model_fingerprint: str = ""
+    trained_on: tuple[str, ...] = ()
+    version: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trained_on", tuple(self.trained_on))
+        for name, least in (("hidden_size", 1), ("dim", 1), ("query_width", 0)):
+            if getattr(self, name) < least:
+                raise ArgumentError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name, known in (("norm", NORMS), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in known:
+                raise ArgumentError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("binarisation", "decision_threshold"):
+            if not 0 < getattr(self, name) < 1:
+                raise ArgumentError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")
+
+
+class Prediction(NamedTuple):
+    """map (B, N, S) in 0 … 1, 0 at padding · entropy (B, N) of the map as a distribution over the columns, 0 on one
+    column and 1 on all alike · bernoulli (B, N), mean entropy of the columns' own probabilities, in bits."""
+
+    map: Tensor
+    entropy: Tensor
+    bernoulli: Tensor
+
+
+class FastRM(nn.Module):
+    """Normalisation and single-head attention over the image's columns; trains unfolded, infers folded.
+
+        U = norm(X),   q = U[q*] W_q,   k_j = U_j W_k,   s_j = q · k_j / √d_p + b,   m_j = sigmoid(s_j)
+
+    `forward` computes this as it is written. `predict` folds W_k and the norm's weights into the query, so that all that
+    is left per column is one dot product with its hidden state: `lvlm_fastxai.ops.proxy_relevancy`.
+
+    Args:
+        config: see `FastRMConfig`.
+
+    Example:
+        >>> import torch
+        >>> head = FastRM(FastRMConfig(hidden_size=8, dim=4))
+        >>> hidden, state = torch.randn(1, 5, 8), torch.randn(1, 2, 8)
+        >>> torch.allclose(head(hidden, state).sigmoid(), head.predict(hidden, state).map, atol=1e-5)
+        True
+    """
+
+    mean_map: Tensor
+
+    def __init__(self, config: FastRMConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.norm_weight = nn.Parameter(torch.ones(size))
+        self.norm_bias = nn.Parameter(torch.zeros(size if config.norm == "layer" else 0))
+        width = config.query_width
+        self.query_layer = nn.Linear(size, width) if width else None
+        self.query = nn.Linear(width or size, config.dim, bias=bool(width))
+        self.key = nn.Linear(size, config.dim, bias=False)
+        self.bias = nn.Parameter(torch.zeros(()))
+        # What a head without eyes would say, the baseline: mean of the training maps after min–max, where they all
+        # have one number of columns.
+        self.register_buffer("mean_map", torch.zeros(0))
+
+    def forward(self, hidden: Tensor, state: Tensor) -> Tensor:
+        """Scores s (B, N, S), before the activation, differentiable.
+
+        Args:
+            hidden: (B, S, D) hidden states of the image's columns.
+            state: (B, N, D) of the rows that produced the explained tokens.
+        """
+        return self._query(state) @ self.key(self._normalised(hidden)).mT + self.bias
+
+    def fold(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """query (B, N, D) and offset (B, N) of `lvlm_fastxai.ops.proxy_relevancy` for hidden states (B, N, D)."""
+        direction = self._query(state) @ self.key.weight
+        offset = self.bias.expand(direction.shape[:-1])
+        if self.config.norm == "layer":
+            offset = offset + direction @ self.norm_bias
+        return direction * self.norm_weight, offset
+
+    @torch.no_grad()
+    def predict(
+        self, hidden: Tensor, state: Tensor, *, lengths: Tensor | None = None, backend: str | None = None
+    ) -> Prediction:
+        """Maps and their entropies, in one pass over the hidden states.
+
+        Args:
+            hidden: (B, S, D) hidden states of the image's columns, any floating dtype.
+            state: (B, N, D) of the rows that produced the explained tokens.
+            lengths: (B,) columns of each sample, padding behind them; default all S.
+            backend: of `lvlm_fastxai.ops.proxy_relevancy`.
+
+        Raises:
+            ArgumentError: shapes do not fit each other or the head.
+            BackendUnavailableError: the backend that was asked for cannot serve the call.
+        """
+        if hidden.shape[-1] != self.config.hidden_size or state.shape[-1] != self.config.hidden_size:
+            raise ArgumentError(
+                f"hidden: this head reads states of width {self.config.hidden_size}, got {hidden.shape[-1]} and "
+                f"{state.shape[-1]}"
+            )
+        query, offset = self.fold(state.to(self.bias.dtype))
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        config = self.config
+        return Prediction(
+            *ops.proxy_relevancy(
+                *(hidden, query.to(dtype), offset.to(dtype)),
+                norm=config.norm,
+                activation=config.activation,
+                eps=config.eps,
+                lengths=lengths,
+                backend=backend,
+            )
+        )
+
+    def positive(self, relevancy: Tensor) -> Tensor:
+        """The columns (…, S) bool that a map (…, S) calls relevant."""
+        if self.config.activation == "softmax":
+            relevancy = min_max(relevancy)
+        return relevancy > self.config.decision_threshold
+
+    def _query(self, state: Tensor) -> Tensor:
+        state = self._normalised(state)
+        if self.query_layer is not None:
+            state = functional.gelu(self.query_layer(state))
+        return self.query(state) * self.config.dim**-0.5
+
+    def _normalised(self, states: Tensor) -> Tensor:
+        states = states.to(self.norm_weight.dtype)
+        if self.config.norm == "layer":
+            return functional.layer_norm(states, states.shape[-1:], self.norm_weight, self.norm_bias, self.config.eps)
+        return functional.rms_norm(states, states.shape[-1:], self.norm_weight, self.config.eps)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that the head was not trained for.
+
+        Raises:
+            ModelMismatchError: the model's weights are others; any device and dtype of the same weights will do.
+            UnsupportedModelError: its weights are not in memory.
+        """
+        config: Any = getattr(model, "config", None)
+        if config is not None:
+            size = config.get_text_config().hidden_size
+            if size != self.config.hidden_size:
+                raise ModelMismatchError(
+                    f"this FastRM head was trained for {self.config.model_name or 'a model'} with hidden states of width "
+                    f"{self.config.hidden_size}, this model's have {size}; train one for it: lvlm-fastxai fastrm train"
+                )
+        found = fingerprint(model)
+        if found != self.config.model_fingerprint:
+            raise ModelMismatchError(
+                f"this FastRM head was trained for {self.config.model_name or 'another model'} (fingerprint "
+                f"{self.config.model_fingerprint or 'not recorded'}), and this model's weights are others ({found}): its "
+                "maps would be noise; train one for this model: lvlm-fastxai fastrm train"
+            )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``fastrm.json`` and ``fastrm.safetensors``, which `from_pretrained` reads.
+
+        Raises:
+            ArgumentError: the folder cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        target = Path(folder)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"schema": SCHEMA, **asdict(self.config)}, indent=2, ensure_ascii=False)
+            save_file({k: v.contiguous().cpu() for k, v in self.state_dict().items() if v.numel()}, target / WEIGHTS)
+            (target / CONFIG).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ArgumentError(f"folder: cannot write '{target}': {one_line(error)}") from error
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> FastRM:
+        """The head in a folder, on the CPU, in evaluation mode; "shipped" is that of the LVLM in the package.
+
+        Raises:
+            ArgumentError: there is no head, or its files are damaged or of another version.
+        """
+        from safetensors.torch import load_file
+
+        source = SHIPPED if str(folder) == "shipped" else Path(folder)
+        if not (source / CONFIG).is_file():
+            raise ArgumentError(f"'{source}' holds no FastRM head ({CONFIG}); train one: lvlm-fastxai fastrm train")
+        try:
+            values = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+            if values.pop("schema", None) != SCHEMA:
+                raise ValueError(f"its schema is not {SCHEMA}")
+            unknown = values.keys() - {field.name for field in fields(FastRMConfig)}
+            if unknown:
+                raise ValueError(f"unknown settings {', '.join(sorted(unknown))}")
+            head = cls(FastRMConfig(**values))
+            weights = load_file(source / WEIGHTS)
+            head.mean_map = weights.get("mean_map", head.mean_map)
+            weights = {
+                name: weights.get(name, own) for name, own in head.state_dict().items() if not own.numel()
+            } | weights
+            head.load_state_dict(weights)
+        except ArgumentError:
+            raise
+        except Exception as error:  # json, safetensors and torch raise what they like on damaged files
+            raise ArgumentError(f"cannot load the FastRM head in '{source}': {one_line(error)}") from error
+        return head.eval()
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of the head's own weights, for policies that were fitted with it."""
+        return fingerprint(self)
+
+
+def min_max(relevancy: Tensor) -> Tensor:
+    """A map (…, S) scaled to 0 … 1; one that is constant becomes 0."""
+    low, high = relevancy.aminmax(dim=-1, keepdim=True)
+    spread = high - low
+    return torch.where(spread > 0, (relevancy - low) / torch.where(spread > 0, spread, 1), 0)
+
+
+def initial_bias(positive_share: float) -> float:
+    """b at which every column's sigmoid is the share of positive columns: training starts from the prior."""
+    share = min(max(positive_share, 1e-4), 1 - 1e-4)
+    return math.log(share / (1 - share))

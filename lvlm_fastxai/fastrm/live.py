@@ -1,0 +1,334 @@
+"""Maps while the model talks: a streamer of ``generate()`` that gives every token its image map as it appears."""
+
+from __future__ import annotations
+
+import copy
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .. import families
+from ..errors import ArgumentError
+from ..families import ImageLayout
+from ..sweep import find_decoder_layers
+from .head import FastRM, Prediction
+
+
+@dataclass(frozen=True)
+class LiveToken:
+    """One token of one answer, as it appeared.
+
+    Attributes:
+        token_id: index in the vocabulary.
+        probability, logit: of the raw logits that it was chosen by (temperature 1, no logits processor).
+        entropy: of the map as a distribution over the image, in 0 … 1; low where the map is concentrated.
+        bernoulli: mean entropy of the columns' own probabilities, in bits.
+        image_maps: one (h, w) fp32 map per picture, in 0 … 1.
+    """
+
+    token_id: int
+    probability: float
+    logit: float
+    entropy: float
+    bernoulli: float
+    image_maps: list[NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class LiveStep:
+    """One step of ``generate()``: a token of each of B answers. Tensors stay on the model's device until read.
+
+    Attributes:
+        index: 0 for the first token of the answers.
+        token_ids: (B,) int64, on the CPU as ``generate()`` hands them over.
+        open: (B,) bool, False for what fills up an answer that has ended; the end token itself is True.
+        prediction: map (B, 1, n), entropy and bernoulli (B, 1); the n image columns in the sequence's order.
+        logits: (B,) fp32, of the tokens.
+        probabilities: (B,) fp32.
+    """
+
+    index: int
+    token_ids: Tensor
+    open: Tensor
+    prediction: Prediction
+    logits: Tensor
+    probabilities: Tensor
+    _live: LiveMaps
+
+    def token(self, sample: int = 0) -> LiveToken:
+        """This step's token of one answer."""
+        row = self.row(sample)
+        return LiveToken(
+            token_id=int(self.token_ids[sample]),
+            probability=float(self.probabilities[sample]),
+            logit=float(self.logits[sample]),
+            entropy=self.entropy(sample),
+            bernoulli=float(self.prediction.bernoulli[sample, 0]),
+            image_maps=[layout.read(row).numpy() for layout in self._live.layouts(sample)],
+        )
+
+    def entropy(self, sample: int = 0) -> float:
+        """Of one answer's map, in 0 … 1."""
+        return float(self.prediction.entropy[sample, 0])
+
+    def row(self, sample: int = 0) -> Tensor:
+        """(prompt length,) fp32 on the CPU: the map at the image's columns, 0 elsewhere."""
+        live = self._live
+        row = torch.zeros(live.prompt_length)
+        columns = live.columns(sample)
+        row[columns] = self.prediction.map[sample, 0, : len(columns)].float().cpu()
+        return row
+
+
+class LiveMaps:
+    """Attaches a FastRM head to one ``generate()`` call: greedy, sampled or batched, of any known family.
+
+    Hidden states of the image's columns are kept once, after the prompt has been read, in the model's dtype; every
+    token then costs one pass over them. Nothing of the model is changed but two hooks, which the ``with`` block removes.
+
+    Args:
+        head: trained for this model (`FastRM.check_model`).
+        model: a transformers image-text-to-text model.
+        inputs: what ``generate()`` is given: the processor's outputs for B prompts, padded on the left.
+        image_sizes: per sample, (height, width) of its pictures; see `lvlm_fastxai.families.image_layouts`.
+        image_processor: the processor's, for exact grids.
+        on_step: called with each `LiveStep` as it appears; without one the steps are kept in `steps`.
+
+    Raises:
+        ArgumentError: no input_ids, or a sample without image columns.
+        ModelMismatchError: the head belongs to another model.
+        UnsupportedModelError: the model's decoder layers cannot be found.
+
+    Example:
+        >>> import lvlm_fastxai as fx
+        >>> from lvlm_fastxai import tiny
+        >>> from PIL import Image
+        >>> model, processor = fx.load_tiny_lvlm()
+        >>> content = [{"type": "image"}, {"type": "text", "text": tiny.SAMPLE_QUESTION}]
+        >>> text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        >>> inputs = processor(images=Image.open(tiny.SAMPLE_IMAGE), text=text, return_tensors="pt")
+        >>> head = fx.FastRM.from_pretrained("shipped")
+        >>> with fx.LiveMaps(head, model, inputs) as live:
+        ...     output = model.generate(**inputs, streamer=live, max_new_tokens=4)
+        >>> len(live.steps), live.steps[0].token().image_maps[0].shape
+        (4, (12, 12))
+    """
+
+    def __init__(
+        self,
+        head: FastRM,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        *,
+        image_sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
+        image_processor: Any = None,
+        on_step: Callable[[LiveStep], None] | None = None,
+    ) -> None:
+        head.check_model(model)
+        _, layers = find_decoder_layers(model)
+        if not -len(layers) <= head.config.layer < len(layers):
+            raise ArgumentError(f"layer: the head reads layer {head.config.layer} of a model with {len(layers)}")
+        tokens = inputs.get("input_ids")
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+            raise ArgumentError("inputs: 'input_ids' (B, S) are needed to find the image's columns")
+        self.head = head
+        self.model: Any = model
+        self.inputs = inputs
+        self.prompt_length: int = tokens.shape[1]
+        self.steps: list[LiveStep] = []
+        self._image_sizes = image_sizes
+        self._image_processor = image_processor
+        self._on_step = on_step or self.steps.append
+        self._layer = layers[head.config.layer]
+        self._layouts: dict[int, list[ImageLayout]] = {}
+        self._columns = _image_columns(model, tokens)
+        self._ends = _end_tokens(model)
+        self._hooks = ExitStack()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._read = 0  # columns of the prompt that have passed
+        self._prompt_given = False
+        self._states: Tensor | None = None  # (B, n, D)
+        self._lengths: Tensor | None = None
+        self._state: Tensor | None = None  # (B, 1, D)
+        self._logits: Tensor | None = None  # (B, V)
+        self._open: Tensor | None = None
+        self._count = 0
+
+    def __enter__(self) -> LiveMaps:
+        self._reset()
+        with ExitStack() as stack:
+            stack.callback(self._layer.register_forward_hook(self._see_layer).remove)
+            stack.callback(self.model.register_forward_hook(self._see_logits).remove)
+            self._hooks = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.close()
+        self._states = self._state = self._logits = None
+
+    def columns(self, sample: int = 0) -> Tensor:
+        """The image's columns of one prompt, ascending int64."""
+        return self._columns[sample // self._copies]
+
+    def layouts(self, sample: int = 0) -> list[ImageLayout]:
+        """The grids of one prompt's pictures; none for an unknown family."""
+        prompt = sample // self._copies
+        if prompt not in self._layouts:
+            sizes = None if self._image_sizes is None else self._image_sizes[prompt]
+            self._layouts[prompt] = families.image_layouts(
+                self.model.config,
+                self.inputs,
+                prompt,
+                image_sizes=sizes,
+                image_processor=self._image_processor,
+            )
+        return self._layouts[prompt]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the hidden states that are kept."""
+        return 0 if self._states is None else self._states.nbytes
+
+    @property
+    def _copies(self) -> int:
+        """Answers to each prompt (num_return_sequences)."""
+        return 1 if self._states is None else max(len(self._states) // len(self._columns), 1)
+
+    def _see_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
+        hidden = (output[0] if isinstance(output, tuple) else output).detach()
+        if hidden.shape[0] % len(self._columns):
+            raise ArgumentError(
+                f"inputs: generate() runs {hidden.shape[0]} sequences, LiveMaps was given {len(self._columns)} prompts"
+            )
+        if self._read < self.prompt_length:
+            self._keep(hidden)
+        self._state = hidden[:, -1:]
+
+    def _keep(self, hidden: Tensor) -> None:
+        """Image columns of a piece of the prompt; a prompt that is read at once is one piece."""
+        batch, length, width = hidden.shape
+        copies = batch // len(self._columns)
+        counts = [len(columns) for columns in self._columns for _ in range(copies)]
+        if self._states is None:
+            self._states = hidden.new_zeros(batch, max(counts), width)
+            self._lengths = torch.tensor(counts, dtype=torch.int32, device=hidden.device)
+        for sample in range(batch):
+            columns = self._columns[sample // copies]
+            inside = ((columns >= self._read) & (columns < self._read + length)).nonzero()[:, 0]
+            if len(inside):
+                taken = (columns[inside] - self._read).to(hidden.device)
+                self._states[sample, inside[0] : inside[-1] + 1] = hidden[sample, taken]
+        self._read += length
+
+    def _see_logits(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._logits = output.logits[:, -1].detach()
+
+    def put(self, value: Tensor) -> None:
+        """What ``generate()`` calls, first with the prompt and then with each step's (B,) tokens."""
+        if not self._prompt_given:
+            self._prompt_given = True
+            return
+        if self._states is None or self._state is None or self._logits is None:
+            raise ArgumentError("LiveMaps: use it as `with LiveMaps(...) as live: model.generate(..., streamer=live)`")
+        device = self._states.device
+        if self.head.bias.device != device:
+            self.head = copy.deepcopy(self.head).to(device)  # the caller's stays where it is
+        prediction = self.head.predict(self._states, self._state, lengths=self._lengths)
+        tokens = value.reshape(-1)
+        logits = self._logits.float()
+        chosen = logits.gather(1, tokens.to(logits.device)[:, None])[:, 0]
+        probabilities = (chosen - logits.logsumexp(-1)).exp()
+        open_now = torch.ones(len(tokens), dtype=torch.bool) if self._open is None else self._open
+        self._open = open_now & ~torch.isin(tokens.cpu(), self._ends)
+        step = LiveStep(self._count, tokens, open_now, prediction, chosen, probabilities, self)
+        self._count += 1
+        self._on_step(step)
+
+    def end(self) -> None:
+        """What ``generate()`` calls last."""
+
+
+def stream(
+    head: FastRM,
+    model: Any,
+    inputs: Mapping[str, Any],
+    *,
+    image_sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
+    image_processor: Any = None,
+    **generate: Any,
+) -> Iterator[LiveStep]:
+    """Generate in a thread of its own, and give each step when it is there.
+
+    Args:
+        head, model, inputs, image_sizes, image_processor: as for `LiveMaps`.
+        generate: further arguments of ``model.generate``, such as max_new_tokens and do_sample.
+
+    Raises:
+        ArgumentError, ModelMismatchError, UnsupportedModelError: as `LiveMaps`; what ``generate()`` raises is raised
+            here.
+
+    Example:
+        >>> for step in stream(head, model, inputs, max_new_tokens=64):        # doctest: +SKIP
+        ...     print(processor.decode(step.token_ids), step.token().entropy)  # doctest: +SKIP
+    """
+    steps: queue.SimpleQueue[LiveStep | BaseException | None] = queue.SimpleQueue()
+    stopped = threading.Event()
+
+    def hand_over(step: LiveStep) -> None:
+        if stopped.is_set():
+            raise _Stopped
+        steps.put(step)
+
+    live = LiveMaps(head, model, inputs, image_sizes=image_sizes, image_processor=image_processor, on_step=hand_over)
+
+    def run() -> None:
+        try:
+            # Gradients are a setting of each thread.
+            with torch.no_grad(), live:
+                model.generate(**inputs, **generate, streamer=live)
+            steps.put(None)
+        except _Stopped:
+            pass
+        except BaseException as error:
+            steps.put(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while (step := steps.get()) is not None:
+            if isinstance(step, BaseException):
+                raise step
+            yield step
+    finally:
+        stopped.set()
+        thread.join()
+
+
+class _Stopped(Exception):
+    """The reader of a stream has gone."""
+
+
+def _image_columns(model: Any, tokens: Tensor) -> list[Tensor]:
+    token = families.media_tokens(model.config)[0]
+    if token is None:
+        raise ArgumentError(f"model: the configuration of {type(model).__name__} names no image token")
+    columns = [(row == token).nonzero()[:, 0].cpu() for row in tokens]
+    empty = next((sample for sample, found in enumerate(columns) if not len(found)), None)
+    if empty is not None:
+        raise ArgumentError(f"inputs: sample {empty} has no image token (id {token}), so there is nothing to map")
+    return columns
+
+
+def _end_tokens(model: Any) -> Tensor:
+    ends = model.generation_config.eos_token_id
+    return torch.tensor([] if ends is None else ends, dtype=torch.long).reshape(-1)
