@@ -136,3 +136,38 @@ def test_a_tile_s_keys_are_split_until_there_are_programs_enough() -> None:
     # The scratch grows with the number of splits: bounded, and one where the rows alone make programs enough.
     assert [splits_of(tiles, 1000) for tiles in (1, 19, 40, 300, 512, 4096)] == [16, 16, 13, 2, 1, 1]
     assert splits_of(1, 3) == 3
+
+
+@with_triton
+def test_columns_are_read_in_as_few_pieces_as_pad_least() -> None:
+    from lvlm_fastxai.triton_kernels.proxy_relevancy import configuration
+
+    widths = (1, 512, 1024, 2048, 3584, 4096, 5120, 8192, 16384)
+    read = [configuration(torch.bfloat16, width, 1)[::2] for width in widths]
+    # Columns of a program, and states of each that it reads at a time.
+    assert read == [
+        *((8, 512), (8, 512), (4, 1024), (2, 2048), (4, 512), (1, 4096), (2, 1024), (1, 8192), (1, 8192)),
+    ]
+
+
+@with_triton
+def test_centred_columns_of_several_pieces_far_from_zero_and_from_their_start() -> None:
+    """The shift is the mean of the first states only, here of 512 of 1100, a hundred deviations off zero."""
+    program = (
+        "import torch\n"
+        "import lvlm_fastxai as fx\n"
+        "torch.manual_seed(0)\n"
+        "for targets in (1, 3):\n"
+        "    hidden, query = torch.randn(2, 150, 1100), torch.randn(2, targets, 1100) / 11\n"
+        "    hidden[..., :512] += 4\n"
+        "    hidden += torch.tensor((200.0, -200.0))[:, None, None]\n"
+        "    problem = hidden, query, torch.zeros(2, targets)\n"
+        "    for activation in ('sigmoid', 'softmax'):\n"
+        "        options = {'norm': 'layer', 'activation': activation}\n"
+        "        found = fx.ops.proxy_relevancy(*problem, **options, backend='triton')\n"
+        "        truth = fx.ops.proxy_relevancy(*(t.double() for t in problem), **options, backend='reference')\n"
+        "        for result, true in zip(found, truth, strict=True):\n"
+        "            error = (result - true).abs().max()\n"
+        "            assert error <= 1e-5, (targets, activation, error)\n"
+    )
+    in_the_interpreter("-c", program)
