@@ -30,11 +30,13 @@ FLOORS = (
     ("ops",),
     ("attention", "pruning", "sharding", "targets"),
     ("sweep",),
-    ("methods", "recording"),
+    ("methods", "recording", "fastrm"),
     ("relevancy", "cost", "aggregation"),
     ("explanation", "token_choice"),
     ("explainer", "info"),
     ("evaluate",),
+    ("distill",),
+    ("review",),
     ("cli",),
 )
 # An explanation draws its own report, and a report shows an explanation: one room with two doors.

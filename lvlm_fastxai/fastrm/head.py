@@ -89,8 +89,8 @@ class FastRM(nn.Module):
 
         U = norm(X),   q = U[q*] W_q,   k_j = U_j W_k,   s_j = q · k_j / √d_p + b,   m_j = sigmoid(s_j)
 
-    `forward` computes this as it is written. `predict` folds W_k and the norm's weights into the query, so that all that
-    is left per column is one dot product with its hidden state: `lvlm_fastxai.ops.proxy_relevancy`.
+    `forward` computes this as it is written. `predict` folds W_k and the norm's weights into the query, so that all
+    that is left per column is one dot product with its hidden state: `lvlm_fastxai.ops.proxy_relevancy`.
 
     Args:
         config: see `FastRMConfig`.
@@ -202,15 +202,16 @@ class FastRM(nn.Module):
             size = config.get_text_config().hidden_size
             if size != self.config.hidden_size:
                 raise ModelMismatchError(
-                    f"this FastRM head was trained for {self.config.model_name or 'a model'} with hidden states of width "
-                    f"{self.config.hidden_size}, this model's have {size}; train one for it: lvlm-fastxai fastrm train"
+                    f"this FastRM head was trained for {self.config.model_name or 'a model'} with hidden states of "
+                    f"width {self.config.hidden_size}, this model's have {size}; train one for it: "
+                    "lvlm-fastxai fastrm train"
                 )
         found = fingerprint(model)
         if found != self.config.model_fingerprint:
             raise ModelMismatchError(
                 f"this FastRM head was trained for {self.config.model_name or 'another model'} (fingerprint "
-                f"{self.config.model_fingerprint or 'not recorded'}), and this model's weights are others ({found}): its "
-                "maps would be noise; train one for this model: lvlm-fastxai fastrm train"
+                f"{self.config.model_fingerprint or 'not recorded'}), and this model's weights are others ({found}): "
+                "its maps would be noise; train one for this model: lvlm-fastxai fastrm train"
             )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -250,11 +251,10 @@ class FastRM(nn.Module):
             if unknown:
                 raise ValueError(f"unknown settings {', '.join(sorted(unknown))}")
             head = cls(FastRMConfig(**values))
-            weights = load_file(source / WEIGHTS)
-            head.mean_map = weights.get("mean_map", head.mean_map)
-            weights = {
-                name: weights.get(name, own) for name, own in head.state_dict().items() if not own.numel()
-            } | weights
+            # Empty tensors are not written; the mean map is of any length.
+            weights = {name: own for name, own in head.state_dict().items() if not own.numel()}
+            weights |= load_file(source / WEIGHTS)
+            head.mean_map = weights["mean_map"]
             head.load_state_dict(weights)
         except ArgumentError:
             raise

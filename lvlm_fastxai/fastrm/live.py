@@ -92,7 +92,8 @@ class LiveMaps:
     """Attaches a FastRM head to one ``generate()`` call: greedy, sampled or batched, of any known family.
 
     Hidden states of the image's columns are kept once, after the prompt has been read, in the model's dtype; every
-    token then costs one pass over them. Nothing of the model is changed but two hooks, which the ``with`` block removes.
+    token then costs one pass over them. Nothing of the model is changed but two hooks, which the ``with`` block takes
+    away again.
 
     Args:
         head: trained for this model (`FastRM.check_model`).

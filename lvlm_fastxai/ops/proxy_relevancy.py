@@ -34,8 +34,8 @@ def proxy_relevancy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A FastRM head (arXiv 2412.01487) with its key projection folded into the query, over all columns of an image.
 
-    With the norm's weight g and bias c, and the projected query u = W_kᵀ q / √d_p, the single-head score of a state is a
-    dot product with ``query`` = g ∘ u, plus ``offset`` = c · u + b:
+    With the norm's weight g and bias c, and the projected query u = W_kᵀ q / √d_p, the single-head score of a state is
+    a dot product with ``query`` = g ∘ u, plus ``offset`` = c · u + b:
 
         s_j       = ((x_j − μ_j) · query) / σ_j + offset         σ_j² = mean((x_j − μ_j)²) + eps; RMSNorm: μ = 0
         m_j       = sigmoid(s_j), or softmax over the columns
@@ -51,8 +51,8 @@ def proxy_relevancy(
         norm: "rms" or "layer".
         activation: "sigmoid" or "softmax".
         eps: of the norm.
-        lengths: (B,) integers, number of columns of each sample, padding behind them; default all S. Padding is 0 in the
-            map and counts for nothing, even where it holds NaN.
+        lengths: (B,) integers, number of columns of each sample, padding behind them; default all S. Padding is 0 in
+            the map and counts for nothing, even where it holds NaN.
         backend: "cuda", "triton", "cpu" or "reference"; default the first that can serve the call.
 
     Returns:
