@@ -15,12 +15,12 @@
 
 namespace fastxai::cuda {
 
-// A block holds kVectors · 16 bytes of kProxyColumns columns in the registers of each thread, all of them loads
-// that are under way together: 32 KB, twice what a multiprocessor of an H100 needs in flight for its share of
-// 3 TB/s at 0.7 µs. The block's columns share what is read of the query, which is twice as wide as a 16-bit state.
+// Columns of a block. They share what it reads of the query, which is twice as wide as a 16-bit state.
 constexpr int kProxyColumns = 4;
-// Query rows for which a block reads its columns: once from device memory, and no more than once from L2.
-constexpr int kProxyRows = 64;
+// Query rows for which a block reads its columns. The blocks of further rows find them in L2, and 64 rows of one sample
+// of 576 columns are 288 blocks, two for each multiprocessor of an H100, where 144 would leave it waiting for the
+// query.
+constexpr int kProxyRows = 32;
 
 // 16 bytes as they are in memory.
 struct alignas(16) Words {
@@ -45,7 +45,9 @@ struct WideStates {
   using Element = T;
   static constexpr int kRows = kRows_;
   static constexpr bool kWide = true;
-  static constexpr int kVectors = 4;
+  // Loads of each column that a thread has under way: of one row's 128 threads 32 KB, twice what a multiprocessor of an
+  // H100 needs in flight for its share of 3 TB/s at 0.7 µs. Several rows' sums take the registers of two.
+  static constexpr int kVectors = kRows == 1 ? 4 : 2;
 
   // The first of `present` elements is at `from`; those past them are zero.
   template <typename Number>
@@ -127,8 +129,8 @@ __device__ inline int columns_of(const ProxyRelevancy& problem, int64_t b) {
 // Grid: (blocks of kProxyColumns columns, blocks of kProxyRows query rows, B). Writes scores without their offset
 // into the map, and nothing past the columns of the sample.
 //
-// A centred row's sums are taken of d = x − pivot. The pivot is the mean of the states that the block reads first, all
-// of them up to 8 KB: with a share f of the width, (μ − pivot)² ≤ σ²·(1 − f)/f, so that Σd²/D − (μ − pivot)² loses
+// A centred row's sums are taken of d = x − pivot. The pivot is the mean of the states that the block reads first:
+// with a share f of the width, (μ − pivot)² ≤ σ²·(1 − f)/f, so that Σd²/D − (μ − pivot)² loses
 // nothing.
 template <typename States>
 __global__ void __launch_bounds__(kThreads, States::kRows == 1 ? 4 : 3)
@@ -199,6 +201,16 @@ __global__ void __launch_bounds__(kThreads, States::kRows == 1 ? 4 : 3)
 #pragma unroll 1
     for (int row = 0; row < rows; row += kRows) {
       const bool measures = kRows == 1 || row == 0;
+      // Converted anew: kept from the pivot, or from one row to the next, the states take twice the registers there
+      // are.
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int c = 0; c < kProxyColumns; ++c) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) ptx::forget(states[c][v].word[i]);
+        }
+      }
       float product[kRows * kProxyColumns] = {}, weight[kRows] = {};
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {

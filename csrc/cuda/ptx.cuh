@@ -38,6 +38,11 @@ __device__ inline int thread() {
   return index;
 }
 
+// Leaves the word as it is. What was computed from it before is computed anew, and not kept in registers until here.
+__device__ inline void forget(uint32_t& word) {
+  asm volatile("" : "+r"(word));
+}
+
 // Lets a kernel that is launched as overlapping this one begin once every block of this one has called this or ended.
 __device__ inline void let_next_kernel_begin() {
 #if __CUDA_ARCH__ >= 900
@@ -190,6 +195,7 @@ __device__ inline float rectified(float x) {
 
 constexpr bool kTensorCores = true;
 int thread();
+void forget(uint32_t& word);
 void let_next_kernel_begin();
 void wait_for_kernel_before();
 void copy16(void* shared, const void* global, int present);

@@ -204,6 +204,8 @@ int thread() {
   return static_cast<int>(threadIdx.x);
 }
 
+void forget(uint32_t&) {}
+
 // Kernels run one after the other here.
 void let_next_kernel_begin() {}
 void wait_for_kernel_before() {
