@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,25 @@ class Launch:
     window: int | None = None
 
 
+@dataclass(frozen=True)
+class ProxyLaunch:
+    """A small call of proxy_relevancy; the second of two samples is shorter than the other."""
+
+    columns: int
+    width: int
+    targets: int
+    dtype: str
+    norm: str = "rms"
+    activation: str = "sigmoid"
+
+
+PROXY_LAUNCHES = {
+    "bfloat16, width 4096": ProxyLaunch(150, 4096, 1, "bfloat16"),
+    "bfloat16, width 4104, 37 targets, centred, softmax": ProxyLaunch(150, 4104, 37, "bfloat16", "layer", "softmax"),
+    "float16, width 77, centred": ProxyLaunch(1100, 77, 1, "float16", "layer"),
+    "float32, width 2056, 3 targets": ProxyLaunch(33, 2056, 3, "float32"),
+    "float32, width 77, softmax": ProxyLaunch(33, 77, 2, "float32", activation="softmax"),
+}
 LAUNCHES = {
     # More keys than one tile has, and not a multiple of it.
     "bfloat16, width 128": Launch(op.Case(2, 2, 150, 128, "bfloat16")),
@@ -36,6 +55,11 @@ LAUNCHES = {
     "float32, width 64": Launch(op.Case(2, 2, 97, 64)),
     "bfloat16, width 128, 9 of 150 rows": Launch(op.Case(2, 2, 150, 128, "bfloat16", rows=9)),
 }
+
+
+def launches(operator: str) -> Mapping[str, Launch | ProxyLaunch]:
+    """What an operator is launched with, by name."""
+    return PROXY_LAUNCHES if operator == "proxy_relevancy" else LAUNCHES
 
 
 def arguments_of(operator: str, launch: Launch) -> tuple[tuple[Any, ...], Any]:
@@ -74,8 +98,49 @@ def attention(query: Any, key: Any, value: Any, ranges: Any) -> tuple[Any, Any]:
     return logsumexp, ((scores - logsumexp[..., None]).exp() @ values).to(query.dtype)
 
 
-def compare(operator: str, backend: str, launch: Launch, device: str) -> dict[str, float]:
-    """Relative L1 error of every result against the twin in float64, and what is allowed: the operator's test rule.
+def proxy_arguments(launch: ProxyLaunch, batch: int = 2) -> tuple[Any, ...]:
+    """hidden, query, offset on the CPU, for scores of a few units."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(batch, launch.columns, launch.width, generator=generator) + 1
+    query = torch.randn(batch, launch.targets, launch.width, generator=generator) * (3 / launch.width**0.5)
+    offset = torch.randn(batch, launch.targets, generator=generator)
+    return hidden.to(getattr(torch, launch.dtype)), query, offset
+
+
+def compare_proxy(backend: str, launch: ProxyLaunch, device: str) -> dict[str, float]:
+    """Largest absolute error of the results against the twin in float64 on the same states, of which 1e-5 is allowed.
+
+    Padding holds NaN.
+    """
+    import torch
+
+    from lvlm_fastxai import ops
+    from lvlm_fastxai.reference import proxy_relevancy as dense
+
+    arguments = proxy_arguments(launch)
+    lengths = torch.tensor([launch.columns, launch.columns - 6], dtype=torch.int32)
+    arguments[0][1, -6:] = math.nan
+    norm, softmax = launch.norm == "layer", launch.activation == "softmax"
+    truth = dense(*(tensor.double() for tensor in arguments), lengths, 1e-6, norm, softmax)
+    moved = [tensor.to(device) for tensor in (*arguments, lengths)]
+    options = {"norm": launch.norm, "activation": launch.activation, "backend": backend}
+    found = ops.proxy_relevancy(*moved[:3], lengths=moved[3], **options)
+    # NaN, which is in no order with any number, must not be lost among the others.
+    errors = torch.stack([(result.cpu() - expected).abs().max() for result, expected in zip(found, truth, strict=True)])
+    return {"error": errors.max().item() if errors.isfinite().all() else math.nan, "allowed": 1e-5}
+
+
+def compare(operator: str, backend: str, launch: Launch | ProxyLaunch, device: str) -> dict[str, float]:
+    """The operator's test rule: error of the result that is nearest to its limit, or over it, and that limit."""
+    if isinstance(launch, ProxyLaunch):
+        return compare_proxy(backend, launch, device)
+    return compare_with_eager(operator, backend, launch, device)
+
+
+def compare_with_eager(operator: str, backend: str, launch: Launch, device: str) -> dict[str, float]:
+    """Relative L1 error of every result against the twin in float64, and what is allowed.
 
     float32 within 1e-6; 16-bit within twice the error of eager PyTorch in that dtype. The result that is nearest to
     its limit, or over it, stands for all.
@@ -143,7 +208,7 @@ def launch_all(device: str) -> tuple[dict[str, Any], bool]:
         results[operator] = {}
         for backend in usable(operator, device):
             results[operator][backend] = found = {}
-            for name, launch in LAUNCHES.items():
+            for name, launch in launches(operator).items():
                 try:
                     found[name] = compare(operator, backend, launch, device)
                     right = found[name]["error"] <= found[name]["allowed"]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import end_to_end, gpu, gpu_end_to_end, gpu_op, machine
+from benchmarks import end_to_end, gpu, gpu_end_to_end, gpu_launch, gpu_op, machine
 from lvlm_fastxai import ops, sweep
 from lvlm_fastxai.relevancy import explain_rows
 
@@ -159,7 +159,7 @@ def test_the_sanitizer_is_pointed_at_every_kernel(tmp_path: Path, monkeypatch: p
     gpu.memcheck(run, 120)
     assert run.results["memcheck"] == {"summary": ["ERROR SUMMARY: 0 errors"]}
     for operator in ops.operators():
-        assert f"{operator} cpu bfloat16, width 128" in (tmp_path / "gpu.log").read_text()
+        assert f"{operator} cpu {next(iter(gpu_launch.launches(operator)))}" in (tmp_path / "gpu.log").read_text()
     stub(tmp_path, "compute-sanitizer", "echo '========= ERROR SUMMARY: 3 errors'; exit 9", monkeypatch)
     with pytest.raises(gpu.Failure, match="3 errors"):
         gpu.memcheck(run, 120)
