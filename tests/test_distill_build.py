@@ -502,7 +502,7 @@ def two_processes(folder: Path) -> subprocess.Popen[str]:
         "build.add_build_arguments(parser)\n"
         "sys.exit(build.run_build(parser.parse_args()))\n"
     )
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
     return subprocess.Popen(
         [sys.executable, *launch, str(script), SPEC, "--out", str(folder), "--json", *sizes],
@@ -518,7 +518,7 @@ def children(process: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the processes in /proc")
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_two_processes_one_of_them_killed_write_what_one_writes(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "maps"
     launcher = two_processes(folder)
@@ -527,7 +527,7 @@ def test_two_processes_one_of_them_killed_write_what_one_writes(whole: Path, tmp
     workers = children(launcher.pid)
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
-    _, err = launcher.communicate(timeout=120)
+    _, err = launcher.communicate(timeout=240)
     assert launcher.returncode != 0, err
     wanted = contents(whole)
     stopped = {name: data for name, data in contents(folder).items() if not name.endswith(".tmp")}
@@ -535,7 +535,7 @@ def test_two_processes_one_of_them_killed_write_what_one_writes(whole: Path, tmp
     assert stopped == {name: wanted[name] for name in stopped}  # no index, and nothing half
 
     launcher = two_processes(folder)
-    out, err = launcher.communicate(timeout=120)
+    out, err = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, err
     assert json.loads(out)["found"] == 2 * len(stopped)
     assert contents(folder) == wanted
