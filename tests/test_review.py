@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from lvlm_fastxai.errors import ArgumentError
+from lvlm_fastxai.errors import ArgumentError, ModelMismatchError
 from lvlm_fastxai.review import Answers, Policy, calibrate, check
 from lvlm_fastxai.review.calibration import auroc, draw, precision_bound, risk_coverage
 
@@ -269,9 +269,9 @@ def test_files_that_hold_no_policy_are_refused(tmp_path, content):
 def test_policy_is_refused_on_another_model_or_head():
     policy = make()
     policy.check("0123456789abcdef", "fedcba9876543210")
-    with pytest.raises(ArgumentError, match=r"of the model 0123456789abcdef \(a model\), these are of ffff.*calibrate"):
+    with pytest.raises(ModelMismatchError, match=r"of the model 0123456789abcdef \(a model\), these are of ffff.*calibrate"):
         policy.check("ffff", "fedcba9876543210")
-    with pytest.raises(ArgumentError, match="of the map head fedcba9876543210, these are of one without fingerprint"):
+    with pytest.raises(ModelMismatchError, match="of the map head fedcba9876543210, these are of one without fingerprint"):
         policy.check("0123456789abcdef", "")
 
 

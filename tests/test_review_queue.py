@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvlm_fastxai.errors import ArgumentError
+from lvlm_fastxai.errors import ArgumentError, ModelMismatchError
 from lvlm_fastxai.review import Decision, Policy, Queue, Record, apply
 from lvlm_fastxai.review.queue import StaleDecisionError, picture_digest
 
@@ -209,6 +209,9 @@ def test_filters_counts_and_order(queue):
         {"question": "half \ud83d"},
         {"image_map": np.zeros(4, np.float32)},
         {"image_map": np.full((2, 2), np.nan, np.float32)},
+        {"region": (4.0, 0.0, 4.0, 4.0)},
+        {"region": (0.0, 0.0, 1e9, 4.0)},
+        {"region": (0.0, float("nan"), 4.0, 4.0)},
         {"extra": {"a": object()}},
         {"extra": {"a": float("nan")}},
     ],
@@ -363,7 +366,7 @@ def test_a_policy_accepts_or_queues(queue):
     shown = queue.item(held.item)
     assert (shown.score, shown.reason) == (held.decision.score, held.decision.reason)
     assert not apply(policy(), queue, make(entropy=0.6)).new
-    with pytest.raises(ArgumentError, match="map head"):
+    with pytest.raises(ModelMismatchError, match="map head"):
         apply(policy(), queue, make(entropy=0.6, head_fingerprint="other"))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ModelMismatchError
 
 __all__ = ["FEATURES", "SCHEMA", "Decision", "Policy", "feature_matrix"]
 
@@ -149,7 +149,7 @@ class Policy:
         """Refuse answers of another model or map head than the policy was fitted on.
 
         Raises:
-            ArgumentError: they differ; the message names both and what to do.
+            ModelMismatchError: they differ; the message names both and what to do.
         """
         for what, own, given in (
             ("model", self.model_fingerprint, model_fingerprint),
@@ -157,7 +157,7 @@ class Policy:
         ):
             if own != given:
                 name = f" ({self.model_name})" if what == "model" and self.model_name else ""
-                raise ArgumentError(
+                raise ModelMismatchError(
                     f"policy: it was calibrated on answers of the {what} {own or 'without fingerprint'}{name}, these "
                     f"are of {given or 'one without fingerprint'}; what it promises does not hold for them: "
                     "calibrate one with `lvlm-fastxai calibrate`"

@@ -200,7 +200,8 @@ def apply(policy: Policy, queue: Queue, record: Record) -> Applied:
     """Decide about an answer, and queue it if a person has to look at it.
 
     Raises:
-        ArgumentError: the policy was fitted on another model or map head, or the record cannot be kept.
+        ModelMismatchError: the policy was fitted on another model or map head.
+        ArgumentError: the record cannot be kept.
     """
     policy.check(record.model_fingerprint, record.head_fingerprint)
     decision = policy.decide(record.entropy, record.probability)
@@ -266,6 +267,11 @@ class Queue:
             image_map = np.ascontiguousarray(record.image_map, dtype="<f4")
             if image_map.ndim != 2 or image_map.size == 0 or not np.isfinite(image_map).all():
                 raise ArgumentError(f"image_map: expected (h, w) finite numbers, got shape {image_map.shape}")
+        if record.region is not None:
+            left, top, right, bottom = record.region
+            most = 4 * max(picture.size)
+            if not (-most <= left < right <= most and -most <= top < bottom <= most):
+                raise ArgumentError(f"region: expected left < right and top < bottom, in pixels, got {record.region}")
         try:
             extra = json.dumps(dict(record.extra), ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError) as error:
