@@ -24,7 +24,12 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from lvlm_fastxai.triton_kernels import attention_backward_relevancy, glimpse_statistics, relevancy_product
+from lvlm_fastxai.triton_kernels import (
+    attention_backward_relevancy,
+    glimpse_statistics,
+    proxy_relevancy,
+    relevancy_product,
+)
 from lvlm_fastxai.triton_kernels._tiles import ALIGNMENT, launch_options
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -45,6 +50,7 @@ class Variant(NamedTuple):
     width: int
     targets: int = 1
     shared_gradient: bool = False
+    centered: bool = False
 
 
 # These have given the same numbers as sm_87 for every variant: they are compiled for one width, to see that they do.
@@ -69,14 +75,32 @@ VARIANTS = [
     ),
     *(Variant("tile_sums", torch.bfloat16, width) for width in (64, 72, 96, 100, 128, 256)),
     *(Variant("tile_sums", torch.float32, width) for width in (128, 300)),
+    *(
+        Variant("column_scores", dtype, width, centered=centered)
+        for dtype, width in (*((torch.bfloat16, width) for width in (128, 4096, 5120, 8192)), (torch.float32, 8192))
+        for centered in (False, True)
+    ),
+    Variant("column_scores", torch.bfloat16, 100, centered=True),
+    *(
+        Variant("tile_scores", dtype, width, targets, centered=True)
+        for dtype in (torch.bfloat16, torch.float32)
+        for width, targets in ((128, 64), (4096, 16), (4096, 64))
+    ),
+    # It reads scores, which have no width.
+    Variant("finish_rows", torch.float32, 1),
 ]
+# The products of a folded query are of float32 numbers, exactly.
+WITHOUT_TENSOR_CORES = ("column_scores", "tile_scores", "finish_rows")
 # Query heads to a key head, where a kernel is compiled for that: LLaMA 3 8B's.
 GROUP = 4
 
 
+def targets_of(variant: Variant) -> str:
+    return f"{variant.targets}{', one gradient' * variant.shared_gradient}{', centred' * variant.centered}"
+
+
 def name(variant: Variant) -> str:
-    targets = f"{variant.targets}, one gradient" if variant.shared_gradient else str(variant.targets)
-    return f"{variant.kernel}, {TYPES[variant.dtype]}, width {variant.width}, targets {targets}"
+    return f"{variant.kernel}, {TYPES[variant.dtype]}, width {variant.width}, targets {targets_of(variant)}"
 
 
 class Compiled(NamedTuple):
@@ -98,12 +122,19 @@ def source(variant: Variant) -> ASTSource:
     kernel: Any
     if variant.kernel == "column_sums":
         kernel = relevancy_product.column_sums
-        configuration = relevancy_product.configuration(*variant[1:])
+        configuration = relevancy_product.configuration(*variant[1:5])
         constants = relevancy_product.constants(configuration, variant.width, variant.shared_gradient, alignment)
     elif variant.kernel == "tile_sums":
         kernel = glimpse_statistics.tile_sums
         statistics = glimpse_statistics.configuration(variant.dtype, variant.width)
         constants = glimpse_statistics.constants(statistics, GROUP, variant.width, alignment)
+    elif variant.kernel == "finish_rows":
+        kernel = proxy_relevancy.finish_rows
+        constants = {"SOFTMAX": True, "PIECE": proxy_relevancy.ROW_PIECE}
+    elif variant.kernel in ("column_scores", "tile_scores"):
+        kernel = getattr(proxy_relevancy, variant.kernel)
+        scores = proxy_relevancy.configuration(*variant[1:4])
+        constants = proxy_relevancy.constants(scores, variant.width, alignment, variant.centered)
     else:
         kernel = getattr(attention_backward_relevancy, variant.kernel)
         chosen = attention_backward_relevancy.configuration(variant.dtype, variant.width)
@@ -115,6 +146,9 @@ def source(variant: Variant) -> ASTSource:
     types |= dict.fromkeys(state, "*fp32")
     types |= dict.fromkeys(("key_start", "key_end", "ranges", "tiles", "counts"), "*i32")
     types |= dict.fromkeys(("score_scale", "scale", "head_share"), "fp32")
+    if variant.kernel in WITHOUT_TENSOR_CORES:
+        types |= dict.fromkeys(("query", "offset", "scores", "entropy", "bernoulli"), "*fp32")
+        types |= {"hidden": element, "lengths": "*i32", "eps": "fp32"}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     # key_end is a view that begins one element after key_start.
     aligned = [name for name, kind in signature.items() if kind[0] == "*" and name != "key_end"]
@@ -150,7 +184,8 @@ def complaints(architecture: int, variant: Variant, compiled: Compiled) -> list[
         found.append(f"{compiled.stack} bytes of stack: registers are spilled")
     if compiled.shared > SHARED_KIB[architecture] * 1024:
         found.append(f"{compiled.shared} bytes of shared memory, of {SHARED_KIB[architecture]} KiB")
-    if variant.dtype != torch.float32 and not compiled.tensor_cores:
+    exact = variant.dtype == torch.float32 or variant.kernel in WITHOUT_TENSOR_CORES
+    if not exact and not compiled.tensor_cores:
         found.append("no tensor-core instruction")
     if is_aligned(variant) and not compiled.wide_reads:
         found.append("matrices are read other than 16 bytes at a time")
@@ -165,10 +200,8 @@ def table(results: dict[Variant, dict[int, Compiled]], architectures: list[int])
     ]
     for variant, by_architecture in results.items():
         cells = [f"{c.registers} / {c.shared / 1024:.0f}" for c in (by_architecture[a] for a in architectures)]
-        targets = f"{variant.targets}, one gradient" if variant.shared_gradient else str(variant.targets)
-        lines.append(
-            f"| {variant.kernel} | {TYPES[variant.dtype]} | {variant.width} | {targets} | {' | '.join(cells)} |"
-        )
+        what = (variant.kernel, TYPES[variant.dtype], variant.width, targets_of(variant))
+        lines.append(f"| {' | '.join(map(str, what))} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

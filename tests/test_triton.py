@@ -160,7 +160,7 @@ def test_centred_columns_of_several_pieces_far_from_zero_and_from_their_start() 
         "for targets in (1, 3):\n"
         "    hidden, query = torch.randn(2, 150, 1100), torch.randn(2, targets, 1100) / 11\n"
         "    hidden[..., :512] += 4\n"
-        "    hidden += torch.tensor((200.0, -200.0))[:, None, None]\n"
+        "    hidden += torch.tensor((250.0, -250.0))[:, None, None]\n"
         "    problem = hidden, query, torch.zeros(2, targets)\n"
         "    for activation in ('sigmoid', 'softmax'):\n"
         "        options = {'norm': 'layer', 'activation': activation}\n"
