@@ -20,9 +20,11 @@ from .errors import ArgumentError, FastXAIError
 
 if TYPE_CHECKING:
     from .explainer import Explainer
+    from .explanation import Explanation
     from .methods import GlimpseOptions
+    from .review.policy import Policy
 
-METHODS = ("chefer", "lvlm_interpret", "glimpse", "raw_attention")
+METHODS = ("chefer", "lvlm_interpret", "glimpse", "raw_attention", "fastrm")
 OPTIONS = ("propagation", "stats_domain", "head_temperature", "depth_rate", "layers")  # of --method glimpse
 MEMORY_MODES = ("fast", "lean", "min")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -99,6 +101,16 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "--out", metavar="DIR", default="lvlm-fastxai-report", help="folder to write (default: %(default)s)"
     )
     explain.add_argument("--json", action="store_true", help="print the explanation as JSON on stdout")
+    decide = explain.add_argument_group("a decision on the answer")
+    decide.add_argument(
+        "--policy", type=Path, metavar="FILE", help="accept the answer or have a person look; from `calibrate`"
+    )
+    decide.add_argument(
+        "--queue",
+        type=Path,
+        metavar="FILE",
+        help="where answers that the policy does not accept wait for `review serve`",
+    )
     explain.set_defaults(run=_explain)
 
     estimate = command(
@@ -121,12 +133,40 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "measure how well the maps point at the evidence, on scenes whose evidence is known",
         "lvlm-fastxai evaluate --help",
     )
-    # Its options live beside its code, which need not be imported for the other commands.
-    if next((argument for argument in arguments if not argument.startswith("-")), None) == "evaluate":
+    fastrm = command(
+        "fastrm",
+        "distil exact maps into a head that predicts them while the model talks: build-maps, train, evaluate",
+        "lvlm-fastxai fastrm build-maps vqa.jsonl --model llava-1.5-7b-hf --out maps",
+    )
+    calibrate = command(
+        "calibrate",
+        "fit a policy on labelled answers: accept so many that a stated share of them is right",
+        "lvlm-fastxai calibrate labelled.jsonl --target 0.95 --out policy.json",
+    )
+    review = command(
+        "review",
+        "answer questions under a policy, and show what it does not accept to a person: run, serve, list, export",
+        "lvlm-fastxai review serve queue.db",
+    )
+    # Their options live beside their code, which need not be imported for the other commands.
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if chosen == "evaluate":
         from . import evaluate as evaluation
 
         evaluation.add_arguments(evaluate)
         evaluate.set_defaults(run=evaluation.run)
+    elif chosen == "fastrm":
+        from .distill import commands as distillation
+
+        distillation.add_arguments(fastrm)
+        fastrm.set_defaults(run=distillation.run)
+    elif chosen in ("calibrate", "review"):
+        from .review import commands as reviewing
+
+        reviewing.add_calibrate_arguments(calibrate)
+        calibrate.set_defaults(run=reviewing.run_calibrate)
+        reviewing.add_arguments(review)
+        review.set_defaults(run=reviewing.run)
     return parser
 
 
@@ -172,6 +212,12 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
         metavar="all|content|top:K",
         help="which tokens of the answer to explain: all, those of content words, or the K most probable of these "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--head",
+        metavar="DIR",
+        help="FastRM head of the model, for --method fastrm and for the maps' entropies ('shipped': the shipped "
+        "model's)",
     )
     glimpse = parser.add_argument_group("options of --method glimpse")
     glimpse.add_argument(
@@ -222,10 +268,17 @@ def _explain(args: argparse.Namespace) -> int:
 
     folder = prepare_directory(args.out)
     _check_question(args)
+    policy = _policy(args)
     with _stages() as progress, _backend(args.backend):
         explainer = _explainer(args)
+        if policy is not None:
+            from .fastrm.fingerprint import fingerprint
+
+            assert explainer.head is not None
+            policy.check(fingerprint(explainer.model), explainer.head.fingerprint)
         explanation = explainer(args.image, args.question, max_new_tokens=args.max_new_tokens, progress=progress)
     explanation.command = "lvlm-fastxai " + shlex.join(_own_arguments(args))
+    queued = None if policy is None else _decide(args, policy, explainer, explanation)
     paths = explanation.save(folder)
     if args.json:
         print(json.dumps({**explanation.to_dict(), "files": {name: str(path) for name, path in paths.items()}}))
@@ -236,6 +289,9 @@ def _explain(args: argparse.Namespace) -> int:
         f"confidence {explanation.confidence:.1%} · answered in {seconds['generate']:.2f} s, "
         f"explained in {seconds['explain']:.2f} s ({explanation.method}, backend {explanation.backend})"
     )
+    if explanation.decision is not None:
+        where = "" if queued is None else f" (item {queued} of {args.queue})"
+        print(f"{explanation.decision['verdict']}{where}: {explanation.decision['reason']}")
     if explanation.untouched:
         explained, left = len(explanation.tokens), len(explanation.untouched)
         print(
@@ -251,6 +307,53 @@ def _explain(args: argparse.Namespace) -> int:
         print(f"note: {note}")
     print(f"report: {paths['report']}")
     return 0
+
+
+def _policy(args: argparse.Namespace) -> Policy | None:
+    """What `--policy` names; ArgumentError where it cannot be applied."""
+    if args.policy is None:
+        if args.queue is not None:
+            raise ArgumentError("--queue: a policy decides what goes there; give --policy, which `calibrate` writes")
+        return None
+    if args.tokens != "all":
+        raise ArgumentError("--policy: it was fitted on all tokens of an answer; leave --tokens out")
+    if _head(args) is None:
+        raise ArgumentError("--policy: give --head the folder of the head that it was fitted with")
+    from .review.policy import Policy
+
+    return Policy.load(args.policy)
+
+
+def _decide(args: argparse.Namespace, policy: Policy, explainer: Explainer, explanation: Explanation) -> int | None:
+    """Have the policy decide on the answer; the number of its item in the queue, if it went there."""
+    from dataclasses import asdict
+
+    decision = policy.decide(explanation.entropy, explanation.confidence)
+    explanation.decision = asdict(decision)
+    if decision.accepted or args.queue is None:
+        return None
+    from .review.queue import Queue, Record
+
+    image = explanation.images[0]
+    with Queue(args.queue) as queue:
+        item, _ = queue.append(
+            Record(
+                picture=image.picture,
+                question=explanation.question,
+                answer=explanation.answer,
+                entropy=explanation.entropy,
+                probability=explanation.confidence,
+                image_map=explanation.image_map,
+                region=image.region,
+                model_name=explanation.model_name,
+                model_fingerprint=policy.model_fingerprint,
+                head_fingerprint=policy.head_fingerprint,
+                sample_id=str(args.image),
+                extra={"method": explanation.method},
+            ),
+            decision,
+        )
+    return item
 
 
 def _estimate(args: argparse.Namespace) -> int:
@@ -294,6 +397,8 @@ def _check_question(args: argparse.Namespace) -> None:
     check_row_tolerance(args.row_tolerance)
     check_tokens(args.tokens)
     _options(args)
+    if args.method == "fastrm" and _head(args) is None:
+        raise ArgumentError("--method fastrm: give --head the folder of a head that was trained for this model")
 
 
 def _options(args: argparse.Namespace) -> GlimpseOptions | None:
@@ -309,6 +414,12 @@ def _options(args: argparse.Namespace) -> GlimpseOptions | None:
     return GlimpseOptions(**given)
 
 
+def _head(args: argparse.Namespace) -> str | None:
+    """The head's folder; the shipped model's own is at hand where one is needed."""
+    wanted = args.method == "fastrm" or getattr(args, "policy", None) is not None
+    return args.head or ("shipped" if wanted and args.model is None else None)
+
+
 def _own_arguments(args: argparse.Namespace) -> list[str]:
     """The command again, from what was parsed: what was left at its default is left out."""
     words = ["explain", args.image, args.question]
@@ -321,8 +432,8 @@ def _own_arguments(args: argparse.Namespace) -> list[str]:
         "device": "cpu",
         "dtype": "auto",
     }
-    names = ("model", "method", *OPTIONS, "tokens", "memory", "row_tolerance", "max_new_tokens")
-    for name in (*names, "backend", "device", "dtype", "out"):
+    names = ("model", "method", "head", *OPTIONS, "tokens", "memory", "row_tolerance", "max_new_tokens")
+    for name in (*names, "backend", "device", "dtype", "policy", "queue", "out"):
         value = getattr(args, name)
         if value is not None and value != defaults.get(name):
             words += ["--" + name.replace("_", "-"), str(value)]
@@ -350,7 +461,10 @@ def _backend(name: str | None) -> Iterator[None]:
 def _explainer(args: argparse.Namespace) -> Explainer:
     from .checkpoint import load_checkpoint
     from .explainer import Explainer
+    from .fastrm.head import FastRM
 
+    folder = _head(args)
+    head = None if folder is None else FastRM.from_pretrained(folder)
     model, processor, _ = load_checkpoint(args.model, args.device, args.dtype)
     return Explainer(
         model,
@@ -360,6 +474,7 @@ def _explainer(args: argparse.Namespace) -> Explainer:
         row_tolerance=args.row_tolerance,
         options=_options(args),
         tokens=args.tokens,
+        head=head,
     )
 
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 METHODS = ("chefer", "lvlm_interpret")
 ANSWERS = ("model", "reference")
-BATCH, SHARD_SIZE, MAX_NEW_TOKENS = 16, 64, 32
+BATCH, SHARD_SIZE, MAX_NEW_TOKENS = 32, 32, 32  # a shard is a batch: what a crash loses
 # Settings in which the shards of one set must agree, and what to call them. Names are not among them: a checkpoint or
 # a source may be moved.
 IDENTITY = {
@@ -267,7 +267,7 @@ def _explain_shard(
     report: Callable[[int], None],
 ) -> list[MapRecord]:
     """The records of consecutive samples, in batches that follow from these samples alone."""
-    from ..evaluate.answering import batched
+    from ..evaluate.answering import batched, same_answer
 
     marker = getattr(answerer.processor, "image_token", None)
     for sample in samples:
@@ -296,7 +296,7 @@ def _explain_shard(
             )
             for place, (rows, grid) in zip(part, explained, strict=True):
                 sample, text = samples[place], answerer.decode(tokens[place])
-                right = None if sample.answer is None else _same(text, sample.answer)
+                right = None if sample.answer is None else same_answer(text, sample.answer)
                 records[place] = MapRecord(start + place, sample.id, text, tokens[place], right, rows, grid)
             report(len(records))
     return [records[place] for place in range(len(samples))]
@@ -342,10 +342,6 @@ def _encode(answerer: Answerer, samples: Sequence[Sample]) -> tuple[dict[str, An
         raise ArgumentError(
             f"the processor cannot prepare samples {samples[0].id} … {samples[-1].id}: {one_line(error)}"
         ) from error
-
-
-def _same(answer: str, reference: str) -> bool:
-    return answer.casefold().split() == reference.casefold().split()
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -78,11 +78,15 @@ class Answerer:
         """The inputs that the model's forward takes; some are for the image layout alone."""
         return {name: value for name, value in inputs.items() if name in self._accepted}
 
-    def answer(self, inputs: Inputs, max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers of B prompts as token ids, up to the first special token."""
+    def answer(self, inputs: Inputs, max_new_tokens: int, streamer: Any = None) -> list[list[int]]:
+        """Greedy answers of B prompts as token ids, up to the first special token; `streamer` sees them appear."""
         with torch.inference_mode():
             output = self.model.generate(
-                **self.accepted(inputs), max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+                **self.accepted(inputs),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                streamer=streamer,
             )
         answers = []
         for generated in output[:, inputs["input_ids"].shape[1] :].tolist():
@@ -131,3 +135,8 @@ def batched(indices: Sequence[int], size: int) -> Iterator[list[int]]:
     """``indices`` in runs of at most ``size``."""
     for start in range(0, len(indices), size):
         yield list(indices[start : start + size])
+
+
+def same_answer(answer: str, reference: str) -> bool:
+    """Whether two answers are the same, white space and case aside."""
+    return answer.casefold().split() == reference.casefold().split()
