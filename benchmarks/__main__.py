@@ -13,6 +13,7 @@ SUITES = {
     "gpu": ("benchmarks.gpu", "everything that a machine with a GPU has to show: `make gpu`"),
     "gpu-end-to-end": ("benchmarks.gpu_end_to_end", "whole explanations of 7B models on a GPU"),
     "gpu-launch": ("benchmarks.gpu_launch", "every operator's kernels once: smoke test, sanitizer, profiler"),
+    "gpu-proxy": ("benchmarks.gpu_proxy", "proxy_relevancy and live maps on a GPU, against a copy and a decode step"),
     "gpu-op": ("benchmarks.gpu_op", "the operators on a GPU, against their twins and two measured limits"),
     "op": ("benchmarks.op", "an operator against its dense twin and this machine's matrix-product rate"),
     "pruned": ("benchmarks.pruned", "what the pruned sweep leaves out, what it saves, and how well it knows"),

@@ -1,9 +1,10 @@
 """Everything that a machine with a GPU has to show, in one command and under nine minutes: ``make gpu``.
 
 Builds the extension in place for the GPU that is there, with the machine's own Python, and installs nothing. Then, one
-after the other and each in a process of its own: a smoke test, the `gpu` tests, the operators' and whole explanations'
-benchmarks, compute-sanitizer, and ncu on the better kernel. A step that fails, or runs out of time, stops no other, but
-the exit code says so; one that cannot run here, or no longer fits into the time, is skipped by name.
+after the other and each in a process of its own: a smoke test, the `gpu` tests, the benchmarks of the operators, of
+live maps and of whole explanations, compute-sanitizer, and ncu on the better kernel. A step that fails, or runs out of
+time, stops no other, but the exit code says so; one that cannot run here, or no longer fits into the time, is skipped
+by name.
 
 DIR/gpu.json is rewritten after every step, so whoever stops the run keeps what it has shown: machine, versions and
 commit, every step's outcome and seconds, every figure. Beside it gpu.png, and gpu.log with what the steps printed.
@@ -267,6 +268,11 @@ def op(run: Run, seconds: float) -> None:
     run.suite("op", ["gpu-op", "--seconds", str(max(1.0, seconds - GRACE_SECONDS))], seconds)
 
 
+def proxy(run: Run, seconds: float) -> None:
+    """proxy_relevancy, and live maps."""
+    run.suite("proxy", ["gpu-proxy", "--seconds", str(max(1.0, seconds - GRACE_SECONDS))], seconds)
+
+
 def end_to_end(run: Run, seconds: float) -> None:
     """Whole explanations."""
     rounds = ["--rounds", "1"] if run.rehearse else []
@@ -401,6 +407,7 @@ STEPS = (
     Step("smoke", 15, 75, smoke),
     Step("tests", 45, 130, tests, needs_gpu=True),
     Step("op", 45, 110, op),
+    Step("proxy", 30, 60, proxy),
     Step("end-to-end", 60, 140, end_to_end),
     Step("memcheck", 35, 60, memcheck, needs_gpu=True),
     Step("racecheck", 35, 60, racecheck, needs_gpu=True),
@@ -478,6 +485,15 @@ CLAIMS = (
         )
         for columns in (2400, 8192)
     ),
+    *(
+        Claim(
+            f"proxy_relevancy over 1.25 copies or a launch and 2 µs, 576 columns × {batch}",
+            ("proxy_over_allowed", f"llava-1.5-7b-{batch}"),
+            at_most=1.0,
+        )
+        for batch in (1, 64)
+    ),
+    Claim("live maps over a decode step", ("proxy", "live_maps", "share"), at_most=0.01),
 )
 
 
@@ -489,6 +505,10 @@ def claims(results: dict[str, Any]) -> list[dict[str, Any]]:
     known = {**results, "share": None if backend is None else shape[backend]["share_of_matrix_rate"]}
     variants = cases.get("llava-1.5-7b-2400", {}).get("variants", {})
     eager, fast = (variants.get(name, {}).get("time_ratio") for name in ("eager", "fast"))
+    known["proxy_over_allowed"] = {
+        name: min((each["over_allowed"] for each in figures.values() if "over_allowed" in each), default=None)
+        for name, figures in results.get("proxy", {}).get("cases", {}).items()
+    }
     known["eager_over_fast"] = eager / fast if eager and fast else None
     found = []
     for claim in CLAIMS:

@@ -125,7 +125,7 @@ def compare_proxy(backend: str, launch: ProxyLaunch, device: str) -> dict[str, f
     norm, softmax = launch.norm == "layer", launch.activation == "softmax"
     truth = dense(*(tensor.double() for tensor in arguments), lengths, 1e-6, norm, softmax)
     moved = [tensor.to(device) for tensor in (*arguments, lengths)]
-    options = {"norm": launch.norm, "activation": launch.activation, "backend": backend}
+    options: dict[str, Any] = {"norm": launch.norm, "activation": launch.activation, "backend": backend}
     found = ops.proxy_relevancy(*moved[:3], lengths=moved[3], **options)
     # NaN, which is in no order with any number, must not be lost among the others.
     errors = torch.stack([(result.cpu() - expected).abs().max() for result, expected in zip(found, truth, strict=True)])

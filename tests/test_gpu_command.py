@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import end_to_end, gpu, gpu_end_to_end, gpu_launch, gpu_op, machine
+from benchmarks import end_to_end, gpu, gpu_end_to_end, gpu_launch, gpu_op, gpu_proxy, machine
 from lvlm_fastxai import ops, sweep
 from lvlm_fastxai.relevancy import explain_rows
 
@@ -42,6 +42,11 @@ def test_the_rehearsal_runs_every_step_that_needs_no_gpu(tmp_path: Path) -> None
         assert figures["glimpse_statistics"]["reference"]["difference"] < 0.01
         assert figures["attention_backward_relevancy"]["reference"]["difference"] < 0.01
         assert figures["library_backward"]["library"]["seconds"] > 0
+    assert set(results["proxy"]["cases"]) == set(gpu_proxy.REHEARSED_CASES) and not results["proxy"]["left_out"]
+    for figures in results["proxy"]["cases"].values():
+        assert figures["reference"]["seconds"] > 0 and "error" not in figures["cpu"]
+        assert figures["cpu"].get("difference", 0) < 1e-5
+    assert results["proxy"]["live_maps"]["step_seconds"] > 0
     for name, (_, variants) in gpu_end_to_end.REHEARSED_CASES.items():
         found = results["end-to-end"]["cases"][name]["variants"]
         assert set(found) == set(variants)
@@ -214,6 +219,10 @@ def test_claims_are_compared_with_their_figures() -> None:
     results = {
         "op": {"cases": {gpu.PROFILED: {"relevancy_product": {"cuda": {"seconds": 1.0, "share_of_matrix_rate": 0.5}}}}},
         "end-to-end": {"cases": {"llava-1.5-7b-2400": {"variants": variants}}},
+        "proxy": {
+            "cases": {"llava-1.5-7b-1": {"case": {}, "cuda": {"over_allowed": 1.8}, "triton": {"over_allowed": 0.9}}},
+            "live_maps": {"share": 0.02},
+        },
     }
     found = {claim["claim"]: (claim["figure"], claim["holds"]) for claim in gpu.claims(results)}
     assert found["relevancy_product, share of the matrix product's rate, S = 8192"] == (0.5, True)
@@ -221,6 +230,9 @@ def test_claims_are_compared_with_their_figures() -> None:
     assert found["fast / (forward + backward), S = 8192"] == (None, None)
     assert found["eager / fast, S = 2400"] == (2.0, False)
     assert found["lean, GiB above the weights, S = 2400"] == (1.0, True)
+    assert found["proxy_relevancy over 1.25 copies or a launch and 2 µs, 576 columns × 1"] == (0.9, True)
+    assert found["proxy_relevancy over 1.25 copies or a launch and 2 µs, 576 columns × 64"] == (None, None)
+    assert found["live maps over a decode step"] == (0.02, False)
     assert all(claim["holds"] is None for claim in gpu.claims({}))
 
 
