@@ -10,6 +10,7 @@ SUITES = {
     "end-to-end": ("benchmarks.end_to_end", "whole explanations against eager, forward + backward, and forward"),
     "glimpse": ("benchmarks.glimpse", "GLIMPSE against chefer: time per target, several targets, memory"),
     "backward": ("benchmarks.backward", "the fused backward against torch's own followed by relevancy_product"),
+    "fastrm": ("benchmarks.fastrm", "live maps against decoding, predicted against exact maps, and heads compared"),
     "gpu": ("benchmarks.gpu", "everything that a machine with a GPU has to show: `make gpu`"),
     "gpu-end-to-end": ("benchmarks.gpu_end_to_end", "whole explanations of 7B models on a GPU"),
     "gpu-launch": ("benchmarks.gpu_launch", "every operator's kernels once: smoke test, sanitizer, profiler"),

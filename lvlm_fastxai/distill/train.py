@@ -109,6 +109,12 @@ class StateCache:
     def __len__(self) -> int:
         return len(self._items)
 
+    def first(self, count: int) -> StateCache:
+        """The first items only; what is read for them is kept for both."""
+        part = StateCache(self._answerer, self._items[:count], self._layers, self._budget)
+        part._kept = self._kept
+        return part
+
     def take(self, indices: Sequence[int]) -> list[tuple[Item, States]]:
         """Items with their states."""
         missing = [index for index in indices if index not in self._kept]
