@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, States::kRows == 1 ? 4 : 3)
     };
     Words states[kProxyColumns][kVectors];
     Words held[kVectors][kQueryWords];
-    // In the order in which they are used, so that the sums begin when a quarter is there.
+    // All of them are under way before the first is used.
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
