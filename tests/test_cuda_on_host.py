@@ -7,6 +7,7 @@ What cannot: races beyond a missing wait, and speed.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -558,6 +559,23 @@ def test_proxy_padding_is_not_read(head: dict[str, bool], proxy: Proxy) -> None:
     found = proxy(case)
     assert_near(found, replace(case, lengths=case.lengths.clamp(max=11)))
     assert not found[0][1, :, 6:].any() and not found[1][2:4].any() and not found[2][3].any()
+
+
+@pytest.mark.parametrize("targets", [1, 2])
+def test_proxy_memory_behind_the_columns_is_not_touched(targets: int, proxy: Proxy) -> None:
+    """Three of five columns of one page each; whoever reads the other two pages is stopped by the machine."""
+    case = make_proxy(batch=1, columns=5, targets=targets, width=mmap.PAGESIZE // 4)
+    case.lengths[0] = 3
+    expected = proxy(case)
+    memory = mmap.mmap(-1, case.hidden.nbytes)
+    guarded = torch.frombuffer(memory, dtype=torch.float32).view_as(case.hidden).copy_(case.hidden)
+    behind = ctypes.c_void_p(guarded[0, 3].data_ptr()), ctypes.c_size_t(2 * mmap.PAGESIZE)
+    protect = ctypes.CDLL(None).mprotect
+    assert protect(*behind, 0) == 0
+    try:
+        assert_equal(proxy(replace(case, hidden=guarded)), expected)
+    finally:
+        assert protect(*behind, mmap.PROT_READ | mmap.PROT_WRITE) == 0
 
 
 @pytest.mark.parametrize("softmax", [False, True])
