@@ -18,12 +18,12 @@ std::tuple<Tensor, Tensor, Tensor> proxy_relevancy(Tensor hidden, Tensor query, 
     return std::clamp<int64_t>(problem.lengths[sample], 0, problem.columns);
   };
 
-  const int64_t block = kernel.column_block(problem);
+  const int64_t block = kernel.column_block(problem, torch::stable::get_num_threads());
   const int64_t blocks = problem.targets == 0 ? 0 : (problem.columns + block - 1) / block;
-  run_tasks(problem.batch * blocks, query, 0, [&](int64_t task, float*) {
+  run_tasks(problem.batch * blocks, query, kernel.scratch_floats(problem, block), [&](int64_t task, float* scratch) {
     const int64_t sample = task / blocks, first = task % blocks * block;
     const int64_t count = std::min(block, length_of(sample) - first);
-    if (count > 0) kernel.score(problem, sample, first, count);
+    if (count > 0) kernel.score(problem, sample, first, count, scratch);
   });
   run_tasks(problem.batch * problem.targets, query, 0,
             [&](int64_t row, float*) { kernel.finish(problem, row, length_of(row / problem.targets)); });

@@ -18,174 +18,250 @@ constexpr int kTargets = kTileRows * kTileVectors / kColumns;
 
 // A score so low that a column of it counts for nothing: what fills up the last vector of a row.
 constexpr float kNothing = -1e30f;
-// Columns of a row that are added up in float32 before they are in double precision.
-constexpr int64_t kStretch = 1024;
+// Numbers that are added up on their own before their sum is added to that of others: rounding errors grow with the
+// number of additions that one sum goes through.
+constexpr int64_t kStretch = 32 * kLanes;
 
-constexpr int64_t kMostColumns = 256;
-
-int64_t column_block(const ProxyRelevancy& problem) {
-  // A block stays in the second-level cache beside the queries of a tile of targets.
-  const int64_t bytes = problem.width * (problem.element == Element::kFloat32 ? 4 : 2);
-  return maximum(1, minimum((128 << 10) / bytes, kMostColumns) / kColumns) * kColumns;
+int64_t column_block(const ProxyRelevancy& problem, int64_t threads) {
+  // Several blocks a thread even the threads out. For one target a block is as long as a stream of prefetches is worth
+  // starting; for several its normalised states stay in the second-level cache beside the queries of a tile.
+  const int64_t bytes = problem.width * (problem.targets > 1 || problem.element == Element::kFloat32 ? 4 : 2);
+  const int64_t share = problem.batch * problem.columns / (4 * threads);
+  const int64_t most = (problem.targets > 1 ? 256 << 10 : 1 << 20) / bytes;
+  return round_up(maximum(1, minimum(share, most)), kColumns);
 }
 
-// The first `count` lanes from memory, the others as in `rest`.
-template <typename T>
-inline Floats load_part(const T* source, int64_t count, Floats rest) {
-  T padded[kLanes] = {};
-  for (int64_t lane = 0; lane < count; ++lane) padded[lane] = source[lane];
-  return count_lanes() < static_cast<int32_t>(count) ? load(padded) : rest;
+size_t scratch_floats(const ProxyRelevancy& problem, int64_t block) {
+  return problem.targets > 1 ? round_up(block * problem.width, 16) : 0;
 }
 
 inline Floats broadcast(float value) {
   return value - Floats{};
 }
 
+// One half of 2·kLanes states, and the same of a query.
+template <int kHalf>
+struct Half {
+  template <typename T>
+  static Floats states(const T* source) {
+    return load(source + kHalf * kLanes);
+  }
+  template <typename T>
+  static Floats query(const float* source, const T*) {
+    return load(source + kHalf * kLanes);
+  }
+
+  // The even or the odd ones: one instruction, where widening bfloat16 in their order takes two.
+  static Floats states(const BFloat16* source) {
+    const Words pairs = *reinterpret_cast<const WordsAnywhere*>(source);
+    return (Floats)(kHalf == 0 ? pairs << 16 : pairs & 0xffff0000u);
+  }
+  static Floats query(const float* source, const BFloat16*) {
+    return every_other(load(source), load(source + kLanes), typename CountLanes<kLanes>::type{});
+  }
+
+ private:
+  template <int... kIndex>
+  static Floats every_other(Floats a, Floats b, Lanes<kIndex...>) {
+    return __builtin_shufflevector(a, b, (2 * kIndex + kHalf)...);
+  }
+};
+
 template <typename T>
 float sum_of(const T* source, int64_t count) {
   Floats sum = {};
   int64_t k = 0;
-  for (; k + kLanes <= count; k += kLanes) sum += load(source + k);
-  if (k < count) sum += load_part(source + k, count - k, Floats{});
-  return sum_of_lanes(sum);
+  for (; k + 2 * kLanes <= count; k += 2 * kLanes) {
+    sum += Half<0>::states(source + k) + Half<1>::states(source + k);
+  }
+  float total = sum_of_lanes(sum);
+  for (; k < count; ++k) total += load_one(source + k);
+  return total;
 }
 
 // Columns that are taken together; where there are fewer of them, the last one again.
 template <typename T>
 struct Group {
-  const T* states[kColumns];
-  Floats shift[kColumns];
+  const T *states[kColumns], *next[kColumns];  // next: those that will be taken after these
+  float shift[kColumns];
 };
 
-// Σ (x − shift)·query of every column and target, handed to finish(column, target, sum). If kMoments, Σ (x − shift) and
-// Σ (x − shift)² of every column are written as well.
-template <int kCount, bool kMoments, typename T, typename Finish>
-inline void products(const Group<T>& group, const float* query, int64_t width, float* first_moment,
-                     float* second_moment, const Finish& finish) {
-  Floats sum[kColumns][kCount] = {}, total[kColumns] = {}, square[kColumns] = {};
-  const auto add = [&](const auto& states_of, const auto& query_of) __attribute__((always_inline)) {
-    Floats states[kColumns];
+// What is summed over the states of a group's columns.
+template <typename Number>
+struct Moments {
+  Number product[kColumns] = {};  // Σ (x − shift)·query
+  Number total[kColumns] = {};    // Σ (x − shift)
+  Number square[kColumns] = {};   // Σ (x − shift)²
+};
+
+// Adds states first … end, whole pairs of vectors. Not inlined, so that the sums of other stretches take no register.
+template <typename T>
+__attribute__((noinline)) void add_stretch(const Group<T>& group, const float* query, int64_t first, int64_t end,
+                                           Moments<Floats>& sums) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  Moments<Floats> part;
+  int64_t k = first;
+  const auto add = [&](auto half) __attribute__((always_inline)) {
+    const Floats factor = half.query(query + k, group.states[0]);
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) {
-      states[c] = states_of(c) - group.shift[c];
-      if (kMoments) {
-        total[c] += states[c];
-        square[c] += states[c] * states[c];
-      }
-    }
-#pragma GCC unroll 8
-    for (int n = 0; n < kCount; ++n) {
-      const Floats factor = query_of(n);
-#pragma GCC unroll 8
-      for (int c = 0; c < kColumns; ++c) sum[c][n] += states[c] * factor;
+      const Floats state = half.states(group.states[c] + k) - group.shift[c];
+      part.total[c] += state;
+      part.square[c] += state * state;
+      part.product[c] += state * factor;
     }
   };
-  int64_t k = 0;
-  for (; k + kLanes <= width; k += kLanes) {
-    add([&](int c) { return load(group.states[c] + k); }, [&](int n) { return load(query + n * width + k); });
-  }
-  if (k < width) {
-    add([&](int c) { return load_part(group.states[c] + k, width - k, group.shift[c]); },
-        [&](int n) { return load_part(query + n * width + k, width - k, Floats{}); });
+  for (; k < end; k += 2 * kLanes) {
+    // Where the processor alone fetches ahead, states come at two thirds of the speed.
+    for (int64_t line = 0; line < 2 * kLanes; line += kLine) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c) __builtin_prefetch(group.next[c] + k + line, 0, 2);
+    }
+    add(Half<0>{});
+    add(Half<1>{});
   }
   for (int c = 0; c < kColumns; ++c) {
-    if (kMoments) {
-      first_moment[c] = sum_of_lanes(total[c]);
-      second_moment[c] = sum_of_lanes(square[c]);
-    }
-    for (int n = 0; n < kCount; ++n) finish(c, n, sum_of_lanes(sum[c][n]));
+    sums.product[c] += part.product[c];
+    sums.total[c] += part.total[c];
+    sums.square[c] += part.square[c];
   }
 }
 
-// What is known of the columns of a task once the first target has been taken.
 template <typename T>
-struct Columns {
-  const T* states;  // of the first
-  int64_t stride, count;
-  float shift[kMostColumns];
-  float residual[kMostColumns];  // mean of x − shift; 0 unless centered
-  float inverse[kMostColumns];   // 1/σ
-
-  Group<T> group(int64_t first) const {
-    Group<T> group;
-    for (int c = 0; c < kColumns; ++c) {
-      const int64_t j = minimum(first + c, count - 1);
-      group.states[c] = states + j * stride;
-      group.shift[c] = broadcast(shift[j]);
+Moments<float> sum_up(const Group<T>& group, const float* query, int64_t width) {
+  const int64_t whole = width / (2 * kLanes) * (2 * kLanes);
+  Moments<Floats> vectors;
+  for (int64_t k = 0; k < whole; k += kStretch) add_stretch(group, query, k, minimum(whole, k + kStretch), vectors);
+  Moments<float> sums;
+  for (int c = 0; c < kColumns; ++c) {
+    sums.product[c] = sum_of_lanes(vectors.product[c]);
+    sums.total[c] = sum_of_lanes(vectors.total[c]);
+    sums.square[c] = sum_of_lanes(vectors.square[c]);
+    for (int64_t k = whole; k < width; ++k) {
+      const float state = load_one(group.states[c] + k) - group.shift[c];
+      sums.product[c] += state * query[k];
+      sums.total[c] += state;
+      sums.square[c] += state * state;
     }
-    return group;
   }
-};
+  return sums;
+}
 
-// The first target, for which the states come from memory, and the moments of every column.
+// ((x − shift) − residual)·inverse of every state of a column.
 template <typename T>
-void score_first(const ProxyRelevancy& problem, const float* query, float offset, Columns<T>& columns, float* scores) {
+void normalise(const T* states, int64_t width, float shift, float residual, float inverse, float* normalised) {
+  int64_t k = 0;
+  for (; k + kLanes <= width; k += kLanes) {
+    *reinterpret_cast<FloatsAnywhere*>(normalised + k) = ((load(states + k) - shift) - residual) * inverse;
+  }
+  for (; k < width; ++k) normalised[k] = ((load_one(states + k) - shift) - residual) * inverse;
+}
+
+// Scores of the first target, for which the states come from memory; for others, the normalised states (count, D).
+template <typename T>
+void score_first(const ProxyRelevancy& problem, int64_t sample, int64_t first_column, int64_t count, const float* query,
+                 float offset, float* scores, float* normalised) {
+  const T* const states = static_cast<const T*>(problem.hidden) + sample * problem.hidden_stride[0] +
+                          first_column * problem.hidden_stride[1];
+  const auto column = [&](int64_t j) { return states + minimum(j, count - 1) * problem.hidden_stride[1]; };
   const int64_t width = problem.width, part = (width + kPart - 1) / kPart;
-  const float weight = problem.centered ? sum_of(query, width) : 0.0f;
-  for (int64_t first = 0; first < columns.count; first += kColumns) {
-    const int64_t count = minimum(kColumns, columns.count - first);
-    for (int64_t j = first; j < first + count; ++j) {
-      const float sum = problem.centered ? sum_of(columns.states + j * columns.stride, part) : 0.0f;
-      columns.shift[j] = sum / static_cast<float>(part);
+  const float query_sum = problem.centered ? sum_of(query, width) : 0.0f;
+  Group<T> group;
+  for (int64_t first = 0; first < count; first += kColumns) {
+    for (int c = 0; c < kColumns; ++c) {
+      group.states[c] = column(first + c);
+      group.next[c] = column(first + c + kColumns);
+      group.shift[c] = problem.centered ? sum_of(group.states[c], part) / static_cast<float>(part) : 0.0f;
     }
-    float product[kColumns], total[kColumns], square[kColumns];
-    products<1, true>(columns.group(first), query, width, total, square,
-                      [&](int c, int, float sum) { product[c] = sum; });
-    for (int c = 0; c < count; ++c) {
-      const float residual = problem.centered ? total[c] / static_cast<float>(width) : 0.0f;
-      const float deviations = square[c] - residual * (problem.centered ? total[c] : 0.0f);
-      const float inverse = 1.0f / __builtin_sqrtf(deviations / static_cast<float>(width) + problem.eps);
-      columns.residual[first + c] = residual;
-      columns.inverse[first + c] = inverse;
-      scores[first + c] = (product[c] - residual * weight) * inverse + offset;
+    const Moments<float> sums = sum_up(group, query, width);
+    for (int c = 0; c < minimum(kColumns, count - first); ++c) {
+      const float total = problem.centered ? sums.total[c] : 0.0f, residual = total / static_cast<float>(width);
+      const float variance = (sums.square[c] - residual * total) / static_cast<float>(width);
+      const float inverse = 1.0f / __builtin_sqrtf(variance + problem.eps);
+      scores[first + c] = (sums.product[c] - residual * query_sum) * inverse + offset;
+      if (problem.targets == 1) continue;
+      normalise(group.states[c], width, group.shift[c], residual, inverse, normalised + (first + c) * width);
+    }
+  }
+}
+
+// Adds entries first … end, whole vectors, of kColumns normalised columns times kCount queries.
+template <int kCount>
+__attribute__((noinline)) void add_stretch(const float* const (&columns)[kColumns], const float* query, int64_t width,
+                                           int64_t first, int64_t end, Floats (&sums)[kCount][kColumns]) {
+  Floats part[kCount][kColumns] = {};
+  for (int64_t k = first; k < end; k += kLanes) {
+    Floats down[kColumns];
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; ++c) down[c] = load(columns[c] + k);
+#pragma GCC unroll 8
+    for (int n = 0; n < kCount; ++n) {
+      const Floats across = load(query + n * width + k);
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c) part[n][c] += across * down[c];
+    }
+  }
+  for (int n = 0; n < kCount; ++n) {
+    for (int c = 0; c < kColumns; ++c) sums[n][c] += part[n][c];
+  }
+}
+
+// Products of kColumns normalised columns, of which the first `count` differ, with kCount queries.
+template <int kCount>
+void score_tile(const float* normalised, int64_t count, const float* query, int64_t width,
+                float (&product)[kCount][kColumns]) {
+  const float* columns[kColumns];
+  for (int c = 0; c < kColumns; ++c) columns[c] = normalised + minimum(c, count - 1) * width;
+  const int64_t whole = width / kLanes * kLanes;
+  Floats sums[kCount][kColumns] = {};
+  for (int64_t k = 0; k < whole; k += kStretch) {
+    add_stretch(columns, query, width, k, minimum(whole, k + kStretch), sums);
+  }
+  for (int n = 0; n < kCount; ++n) {
+    for (int c = 0; c < kColumns; ++c) {
+      product[n][c] = sum_of_lanes(sums[n][c]);
+      for (int64_t k = whole; k < width; ++k) product[n][c] += query[n * width + k] * columns[c][k];
     }
   }
 }
 
 // Targets n … of a sample, kCount at a time, the rest in halves of that.
-template <int kCount, typename T>
-void score_targets(const ProxyRelevancy& problem, const float* query, const float* offset, int64_t n,
-                   const Columns<T>& columns, float* scores) {
-  const int64_t width = problem.width;
+template <int kCount>
+void score_targets(const ProxyRelevancy& problem, const float* query, const float* offset, int64_t n, int64_t count,
+                   const float* normalised, float* scores) {
   for (; n + kCount <= problem.targets; n += kCount) {
-    float weight[kCount];
-    for (int i = 0; i < kCount; ++i) weight[i] = problem.centered ? sum_of(query + (n + i) * width, width) : 0.0f;
-    for (int64_t first = 0; first < columns.count; first += kColumns) {
-      const auto store = [&](int c, int i, float sum) {
-        const int64_t j = first + c;
-        if (j >= columns.count) return;
-        scores[(n + i) * problem.columns + j] =
-            (sum - columns.residual[j] * weight[i]) * columns.inverse[j] + offset[n + i];
-      };
-      products<kCount, false>(columns.group(first), query + n * width, width, nullptr, nullptr, store);
+    for (int64_t first = 0; first < count; first += kColumns) {
+      const int64_t columns = minimum(kColumns, count - first);
+      float product[kCount][kColumns];
+      score_tile<kCount>(normalised + first * problem.width, columns, query + n * problem.width, problem.width,
+                         product);
+      for (int i = 0; i < kCount; ++i) {
+        for (int c = 0; c < columns; ++c) scores[(n + i) * problem.columns + first + c] = product[i][c] + offset[n + i];
+      }
     }
   }
-  if constexpr (kCount > 1) score_targets<kCount / 2>(problem, query, offset, n, columns, scores);
+  if constexpr (kCount > 1) score_targets<kCount / 2>(problem, query, offset, n, count, normalised, scores);
 }
 
-template <typename T>
-void score_typed(const ProxyRelevancy& problem, int64_t sample, int64_t first, int64_t count) {
-  Columns<T> columns;
-  columns.states =
-      static_cast<const T*>(problem.hidden) + sample * problem.hidden_stride[0] + first * problem.hidden_stride[1];
-  columns.stride = problem.hidden_stride[1];
-  columns.count = count;
+void score(const ProxyRelevancy& problem, int64_t sample, int64_t first, int64_t count, float* scratch) {
   const float* query = problem.query + sample * problem.targets * problem.width;
   const float* offset = problem.offset + sample * problem.targets;
   float* scores = problem.map + sample * problem.targets * problem.columns + first;
-  score_first(problem, query, offset[0], columns, scores);
-  score_targets<kTargets>(problem, query, offset, 1, columns, scores);
-}
-
-void score(const ProxyRelevancy& problem, int64_t sample, int64_t first, int64_t count) {
+  const auto run = [&](auto score_first_of) {
+    score_first_of(problem, sample, first, count, query, offset[0], scores, scratch);
+  };
   switch (problem.element) {
     case Element::kFloat32:
-      return score_typed<float>(problem, sample, first, count);
+      run(score_first<float>);
+      break;
     case Element::kBFloat16:
-      return score_typed<BFloat16>(problem, sample, first, count);
+      run(score_first<BFloat16>);
+      break;
     case Element::kFloat16:
-      return score_typed<Float16>(problem, sample, first, count);
+      run(score_first<Float16>);
+      break;
   }
+  score_targets<kTargets>(problem, query, offset, 1, count, scratch, scores);
 }
 
 inline Floats exponential(Floats x) {
@@ -205,6 +281,13 @@ inline Floats log_one_plus(Floats x) {
   return ratio * series * 2.0f;
 }
 
+// The first `count` lanes; kNothing in the others.
+inline Floats load_part(const float* source, int64_t count) {
+  Floats part = broadcast(kNothing);
+  for (int64_t lane = 0; lane < count; ++lane) part[lane] = source[lane];
+  return part;
+}
+
 // Calls visit(scores) for every vector of a row, which may change them; sums of what it adds to its vectors are kept
 // in double precision, stretch by stretch.
 template <int kSums, typename Visit>
@@ -217,7 +300,7 @@ inline void for_each_vector(float* scores, int64_t length, double (&sums)[kSums]
       *reinterpret_cast<FloatsAnywhere*>(scores + j) = visit(load(scores + j), partial);
     }
     if (j < end) {
-      const Floats last = visit(load_part(scores + j, end - j, broadcast(kNothing)), partial);
+      const Floats last = visit(load_part(scores + j, end - j), partial);
       for (int64_t lane = 0; lane < end - j; ++lane) scores[j + lane] = last[lane];
     }
     for (int i = 0; i < kSums; ++i) sums[i] += sum_of_lanes(partial[i]);
@@ -228,7 +311,7 @@ float largest_of(const float* scores, int64_t length) {
   Floats most = broadcast(kNothing);
   int64_t j = 0;
   for (; j + kLanes <= length; j += kLanes) most = larger(most, load(scores + j));
-  if (j < length) most = larger(most, load_part(scores + j, length - j, broadcast(kNothing)));
+  if (j < length) most = larger(most, load_part(scores + j, length - j));
   float largest = most[0];
   for (int lane = 1; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
   return largest;
@@ -317,6 +400,7 @@ void finish(const ProxyRelevancy& problem, int64_t row, int64_t length) {
 
 }  // namespace
 
-const ProxyRelevancyKernel FASTXAI_NAME(proxy_relevancy) = {FASTXAI_ISA_NAME, column_block, score, finish};
+const ProxyRelevancyKernel FASTXAI_NAME(proxy_relevancy) = {FASTXAI_ISA_NAME, column_block, scratch_floats, score,
+                                                            finish};
 
 }  // namespace fastxai::cpu

@@ -34,6 +34,7 @@ typedef int32_t Ints __attribute__((vector_size(FASTXAI_VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(FASTXAI_VECTOR_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(FASTXAI_VECTOR_BYTES / 2)));
 typedef Floats FloatsAnywhere __attribute__((aligned(4), may_alias));
+typedef Words WordsAnywhere __attribute__((aligned(2), may_alias));
 typedef Halves HalvesAnywhere __attribute__((aligned(2), may_alias));
 
 struct BFloat16 {
@@ -53,11 +54,17 @@ inline Floats load(const BFloat16* source) {
 }
 
 inline Floats load(const Float16* source) {
+#if FASTXAI_VECTOR_BYTES == 64
+  return (Floats)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+#elif FASTXAI_VECTOR_BYTES == 32
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#else
   const Words bits = __builtin_convertvector(*reinterpret_cast<const HalvesAnywhere*>(source), Words);
   // Shifted into float32's fields the exponent is 112 too small; the multiplication also normalises subnormals.
   const Floats magnitude = (Floats)((bits & 0x7fffu) << 13) * 0x1p112f;
   const Words special = (Words)((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;
   return (Floats)((Words)magnitude | special | ((bits & 0x8000u) << 16));
+#endif
 }
 
 inline float load_one(const float* source) {
