@@ -51,16 +51,16 @@ def make(**changes: Any) -> Policy:
 
 @pytest.mark.parametrize(("pictures", "questions", "shared"), [(500, 1, 0.0), (200, 4, 0.7), (120, 8, 1.5)])
 def test_the_promise_holds_on_new_answers(pictures, questions, shared):
-    """δ = 5 % of calibrations may miss the target; of 60, more than 7 happen with a chance of 1 % at that rate."""
-    runs, missed, coverage = 60, 0, []
-    assert stats.binom.sf(7, runs, 0.05) < 0.011
+    """δ = 5 % of calibrations may miss the target; of 50, more than 6 happen with a chance of 1 % at that rate."""
+    runs, missed, coverage = 50, 0, []
+    assert stats.binom.sf(6, runs, 0.05) < 0.012
     fresh = simulate(40_000, 1, 12345, shared)
     for seed in range(runs):
         policy = calibrate(*simulate(pictures, questions, seed, shared), seed=seed, resamples=2).policy
         accepted = policy.scores(*fresh[:2]) >= (math.inf if policy.threshold is None else policy.threshold)
         coverage.append(accepted.mean())
         missed += bool(accepted.any() and fresh[2][accepted].mean() < 0.95)
-    assert missed <= 7
+    assert missed <= 6
     # Sending everything to review would keep every promise.
     assert np.median(coverage) > 0.25
 
@@ -71,7 +71,7 @@ def test_answers_that_are_right_or_wrong_together_count_as_few(monkeypatch):
 
     def policies() -> int:
         rng, found = np.random.default_rng(3), 0
-        for seed in range(120):
+        for seed in range(80):
             right = np.repeat(np.random.default_rng(seed).random(120) < 0.95, 10)
             groups = np.repeat(np.arange(120), 10)
             found += (
@@ -79,10 +79,10 @@ def test_answers_that_are_right_or_wrong_together_count_as_few(monkeypatch):
             )
         return found
 
-    assert policies() <= 10
+    assert policies() <= 8
     # Counted as independent, the promise would not be kept.
     monkeypatch.setattr(calibration, "_design_effect", lambda groups, correlation: 1.0)
-    assert policies() > 14
+    assert policies() > 9
 
 
 def test_nothing_is_promised_where_the_answers_are_not_good_enough():
@@ -269,9 +269,13 @@ def test_files_that_hold_no_policy_are_refused(tmp_path, content):
 def test_policy_is_refused_on_another_model_or_head():
     policy = make()
     policy.check("0123456789abcdef", "fedcba9876543210")
-    with pytest.raises(ModelMismatchError, match=r"of the model 0123456789abcdef \(a model\), these are of ffff.*calibrate"):
+    with pytest.raises(
+        ModelMismatchError, match=r"of the model 0123456789abcdef \(a model\), these are of ffff.*calibrate"
+    ):
         policy.check("ffff", "fedcba9876543210")
-    with pytest.raises(ModelMismatchError, match="of the map head fedcba9876543210, these are of one without fingerprint"):
+    with pytest.raises(
+        ModelMismatchError, match="of the map head fedcba9876543210, these are of one without fingerprint"
+    ):
         policy.check("0123456789abcdef", "")
 
 
@@ -280,13 +284,20 @@ def test_reasons_say_what_is_unusual():
     good = policy.decide(0.45, 0.98)
     assert good.accepted and good.reason.endswith("accepted from 90% on.")
     spread = policy.decide(0.9, 0.98)
-    assert spread.verdict == "review" and "widely spread" in spread.reason and "unsure" not in spread.reason
+    assert (
+        spread.verdict == "review"
+        and "more spread out than usual" in spread.reason
+        and "sure of its words" not in spread.reason
+    )
     assert "entropy 0.900, for half of the right answers at most 0.450" in spread.reason
     unsure = policy.decide(0.45, 0.3)
-    assert "unsure of its words: probability 30%, for half of the right answers at least 98%" in unsure.reason
+    assert (
+        "less sure of its words than usual: probability 30%, for half of the right answers at least 98%"
+        in unsure.reason
+    )
     assert "spread" not in unsure.reason
     both = policy.decide(0.9, 0.4).reason
-    assert both.index("spread") < both.index("unsure")  # 4.5 against 4.3 units of the score's log-odds
+    assert both.index("spread") < both.index("less sure")  # 4.5 against 4.3 units of the score's log-odds
     neither = make(threshold=0.999).decide(0.4, 0.985)
     assert neither.reason.endswith("together they fall short.")
 

@@ -16,7 +16,7 @@ from test_review_server import HOSTILE, picture, png, record
 
 from lvlm_fastxai.review import Decision, Policy, Queue, Record, server
 
-waitress = pytest.importorskip("waitress", reason="waitress is not installed")
+make_server = pytest.importorskip("werkzeug.serving", reason="Flask is not installed").make_server
 Open = Callable[..., Any]
 
 
@@ -33,9 +33,10 @@ def queue(tmp_path: Path) -> Iterator[Queue]:
 def open_page(driver: Any, queue: Queue) -> Iterator[Open]:  # noqa: F811
     """Serves the queue and opens it; afterwards nothing may have been asked of others or written to the console."""
     app = server.create_app(queue.path)
-    serving = waitress.create_server(app, host="127.0.0.1", port=0, threads=4, ident=None)
-    threading.Thread(target=serving.run, daemon=True).start()
-    address = f"http://127.0.0.1:{serving.effective_port}/"
+    serving = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=serving.serve_forever, daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{serving.server_port}/"
 
     def open_page(width: int = 1100, scheme: str = "light", path: str = "", errors: bool = False) -> Any:
         media = [
@@ -62,7 +63,9 @@ def open_page(driver: Any, queue: Queue) -> Iterator[Open]:  # noqa: F811
         if message["method"] == "Network.requestWillBeSent":
             assert re.match(re.escape(address) + "|data:|about:|chrome:", message["params"]["request"]["url"])
     driver.get("about:blank")
-    serving.close()
+    serving.shutdown()
+    thread.join()
+    serving.server_close()
     app.extensions["lvlm_fastxai_queue"].close()
 
 

@@ -215,14 +215,14 @@ class Policy:
             if typical[name] is None or lowered >= 0:
                 continue
             if name == "entropy":
-                spread = "widely spread over" if entropy > usual[0] else "narrowly concentrated in"
-                text = f"The map is {spread} the picture: entropy {entropy:.3f}, for half of the right answers "
-                text += f"{'at most' if entropy > usual[0] else 'at least'} {usual[0]:.3f}."
+                more, bound = ("spread out", "at most") if entropy > usual[0] else ("concentrated", "at least")
+                text = f"The map is more {more} than usual: entropy {entropy:.3f}, "
+                text += f"for half of the right answers {bound} {usual[0]:.3f}."
             else:
-                unsure = "unsure" if probability < usual[1] else "unusually sure"
+                less, bound = ("less", "at least") if probability < usual[1] else ("more", "at most")
                 shown, half = _apart(probability, usual[1])
-                text = f"The model was {unsure} of its words: probability {shown}, for half of the right answers "
-                text += f"{'at least' if probability < usual[1] else 'at most'} {half}."
+                text = f"The model was {less} sure of its words than usual: probability {shown}, "
+                text += f"for half of the right answers {bound} {half}."
             found.append((lowered, text))
         return [text for _, text in sorted(found)]
 

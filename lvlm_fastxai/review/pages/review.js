@@ -144,7 +144,7 @@ function drawItem() {
     element("picture").width = item.width;
     element("picture").height = item.height;
     element("picture").alt = `The picture of: ${item.question}`;
-    frame.style.width = `min(100%, calc(72vh * ${item.width / item.height}))`;
+    frame.style.setProperty("--ratio", item.width / item.height);
     frame.classList.toggle("small", Math.max(item.width, item.height) < SMALL_PICTURE);
     element("map").hidden = !item.has_map;
     if (item.has_map) element("map").src = `/items/${item.id}/map.png`;
@@ -272,6 +272,7 @@ function startEdit() {
   element("right-answer").value = current.corrected || current.answer;
   element("right-answer").focus();
   element("right-answer").select();
+  element("edit").scrollIntoView({ block: "nearest" });
 }
 
 function leaveEdit(refocus) {
