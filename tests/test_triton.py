@@ -42,7 +42,12 @@ def in_the_interpreter(*command: str, timeout: int = 280) -> str:
 @with_triton
 @pytest.mark.parametrize(
     ("operator", "tests"),
-    [("relevancy_product", 67), ("attention_backward_relevancy", 55), ("glimpse_statistics", 65)],
+    [
+        ("relevancy_product", 67),
+        ("attention_backward_relevancy", 55),
+        ("glimpse_statistics", 65),
+        ("proxy_relevancy", 160),
+    ],
 )
 def test_the_operators_tests_pass_in_the_interpreter(operator: str, tests: int) -> None:
     output = in_the_interpreter(
