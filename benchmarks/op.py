@@ -11,6 +11,9 @@ tile of 8 rows by 48 keys does 24 multiply-adds for 11 loads, so the multiply-ad
 and column sums add about 5 % of that and packing keys and values 2 to 4 %, so nine tenths of the multiply-add bound,
 above 75 % of torch.mm. bf16 is widened while packing, so it should cost what fp32 costs. Extra memory: H·Sk floats of
 partial sums and a quarter of a megabyte a thread. Those for glimpse_statistics stand in its own benchmark.
+
+proxy_relevancy reads its states once and does little else, so its measure is the bytes of states a second over the
+bytes a second, read and written, of Tensor.copy_; with many targets its products are measured like the others'.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from typing import Any
 from . import machine
 
 MATRIX = 3072  # side of the square product that stands for the machine's rate
+COPY_BYTES = 256 * 2**20  # least that a copy moves: more than a cache holds
+REPEATED_BYTES = 64 * 2**20  # states that a round of short calls reads, times their targets
 ROW_BLOCK = 4096  # rows whose scores the set-up holds at once
 
 
@@ -60,7 +65,30 @@ CASES = {
     "decoder-2048": Case(16, 16, 2048, 64),
     "decoder-2048-4-key-heads": Case(16, 4, 2048, 64),
 }
-OPERATORS = ("relevancy_product", "glimpse_statistics")
+OPERATORS = ("relevancy_product", "glimpse_statistics", "proxy_relevancy")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Shape of one call of proxy_relevancy."""
+
+    batch: int
+    columns: int
+    width: int
+    targets: int = 1
+    dtype: str = "bfloat16"
+    norm: str = "rms"
+
+
+# LLaVA-1.5-7B's 576 image tokens: a batch while it decodes, one sample, and an answer of 64 tokens at once.
+COLUMNS = {
+    "llava-1.5-7b-64-samples": Columns(64, 576, 4096),
+    "llava-1.5-7b-64-samples-layer-norm": Columns(64, 576, 4096, norm="layer"),
+    "llava-1.5-7b-64-samples-fp32": Columns(64, 576, 4096, dtype="float32"),
+    "llava-1.5-7b": Columns(1, 576, 4096),
+    "llava-1.5-7b-64-targets": Columns(1, 576, 4096, targets=64),
+    "llava-1.5-7b-64-targets-fp32": Columns(1, 576, 4096, targets=64, dtype="float32"),
+}
 DEFAULT = ("llava-1.5-7b-1536", "llava-1.5-7b-1536-bf16", "llava-1.5-7b-704")
 
 
@@ -154,6 +182,60 @@ def measure_time(operator: str, name: str, rounds: int, backend: str | None) -> 
     return figures
 
 
+def build_columns(case: Columns) -> tuple[Any, ...]:
+    """States, queries and offsets of one call of proxy_relevancy."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.empty(case.batch, case.columns, case.width, dtype=getattr(torch, case.dtype))
+    for sample in hidden:  # float32 states of a whole batch would be most of this machine's memory
+        sample.copy_(torch.randn(case.columns, case.width, generator=generator))
+    query = torch.randn(case.batch, case.targets, case.width, generator=generator) * case.width**-0.5
+    return hidden, query, torch.zeros(case.batch, case.targets)
+
+
+def measure_bandwidth(name: str, rounds: int, backend: str | None) -> dict[str, float]:
+    """Medians over the rounds of one case of proxy_relevancy; short calls are repeated within a round."""
+    import torch
+
+    from lvlm_fastxai import ops
+
+    case = COLUMNS[name]
+    hidden, query, offset = build_columns(case)
+    # The copy is of a whole batch's states, which no cache holds.
+    source = hidden if hidden.nbytes > COPY_BYTES else torch.ones(COPY_BYTES, dtype=torch.uint8)
+    target, square = torch.empty_like(source), torch.randn(MATRIX, MATRIX)
+    repeats = max(1, REPEATED_BYTES // (hidden.nbytes * case.targets))
+
+    def repeat() -> None:
+        for _ in range(repeats):
+            ops.proxy_relevancy(hidden, query, offset, norm=case.norm, backend=backend)
+
+    calls: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source), "ours": repeat}
+    if case.targets > 1:
+        calls["matrix_product"] = lambda: square @ square
+    seconds: dict[str, list[float]] = {variant: [] for variant in calls}
+    for index in range(rounds + 1):
+        for variant, run_variant in calls.items():
+            elapsed = machine.seconds(run_variant, "cpu")
+            if index > 0:
+                seconds[variant].append(elapsed)
+    seconds["ours"] = [elapsed / repeats for elapsed in seconds["ours"]]
+
+    def ratio(numerator: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[numerator], seconds["ours"], strict=True))
+
+    figures = {f"{variant}_seconds": statistics.median(values) for variant, values in seconds.items()}
+    figures["gigabytes_per_second"] = hidden.nbytes / figures["ours_seconds"] / 1e9
+    figures["copy_gigabytes_per_second"] = 2 * source.nbytes / figures["copy_seconds"] / 1e9
+    figures["share_of_copy_bandwidth"] = ratio("copy") * hidden.nbytes / (2 * source.nbytes)
+    if case.targets > 1:
+        work = 2.0 * hidden.numel() * case.targets
+        figures["gflops"] = work / figures["ours_seconds"] / 1e9
+        figures["share_of_matrix_product_rate"] = ratio("matrix_product") * work / (2 * MATRIX**3)
+    return figures
+
+
 def measure_memory(operator: str, name: str, variant: str, threads: int) -> int | str:
     """Peak bytes that one call adds, in a fresh process."""
     return machine.in_fresh_process("benchmarks.op", operator, name, variant, str(threads))
@@ -173,19 +255,30 @@ def run(operator: str, names: list[str], rounds: int, threads: int, backend: str
     """All figures of the named cases."""
     results: dict[str, Any] = {}
     for name in names:
+        if operator == "proxy_relevancy":
+            results[name] = {"case": asdict(COLUMNS[name]), **measure_bandwidth(name, rounds, backend)}
+            show(name, results[name])
+            continue
         figures: dict[str, Any] = measure_time(operator, name, rounds, backend)
         figures["extra_bytes"] = measure_memory(operator, name, "ours", threads)
         if CASES[name].twin:
             figures["twin_extra_bytes"] = measure_memory(operator, name, "twin", threads)
             figures["memory_over_twin"] = figures["extra_bytes"] / figures["twin_extra_bytes"]
         results[name] = {"case": asdict(CASES[name]), **figures}
-        print(f"{name}\n" + "\n".join(f"  {key:30}{value:14.4g}" for key, value in figures.items()), flush=True)
+        show(name, figures)
     return results
+
+
+def show(name: str, figures: dict[str, Any]) -> None:
+    lines = [f"  {key:30}{value:14.4g}" for key, value in figures.items() if key != "case"]
+    print("\n".join([name, *lines]), flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--operator", choices=OPERATORS, default=OPERATORS[0])
-    parser.add_argument("--case", action="append", choices=[*CASES, "all"], help="repeatable; default LLaVA-1.5-7B's")
+    parser.add_argument(
+        "--case", action="append", choices=[*CASES, *COLUMNS, "all"], help="repeatable; default LLaVA-1.5-7B's"
+    )
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--backend", help="default: the first that serves the call")
@@ -196,8 +289,11 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     torch.set_num_threads(args.threads)
-    names = args.case or list(DEFAULT)
-    names = list(CASES) if "all" in names else names
+    known: dict[str, Any] = COLUMNS if args.operator == "proxy_relevancy" else CASES
+    names = args.case or list(COLUMNS if args.operator == "proxy_relevancy" else DEFAULT)
+    names = list(known) if "all" in names else names
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"{args.operator} has no case {', '.join(unknown)}; it has {', '.join(known)}")
     head = machine.describe()
     results = run(args.operator, names, args.rounds, args.threads, args.backend)
     if args.out:

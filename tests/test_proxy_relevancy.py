@@ -57,8 +57,8 @@ class Head:
         """The twin on the same numbers in float64."""
         batch, columns, _ = self.hidden.shape
         lengths = torch.full((batch,), columns) if self.lengths is None else self.lengths
-        wide = (t.double() for t in (self.hidden, self.query, self.offset))
-        return dense(*wide, lengths, EPS, self.norm == "layer", self.activation == "softmax")
+        hidden, query, offset = self.hidden.double(), self.query.double(), self.offset.double()
+        return dense(hidden, query, offset, lengths, EPS, self.norm == "layer", self.activation == "softmax")
 
 
 def make_head(
