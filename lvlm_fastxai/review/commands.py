@@ -301,7 +301,7 @@ def _records(spec: str) -> Iterator[dict[str, Any]] | None:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue

@@ -74,7 +74,7 @@ function drawList() {
     const said = document.createElement("span");
     said.className = "said";
     const answer = document.createElement(item.state === "correct" || item.state === "reject" ? "s" : "b");
-    answer.textContent = item.answer;
+    answer.textContent = item.answer || "(empty)";
     said.append(answer, item.corrected ? ` ${item.corrected}` : "");
     button.append(asked, said);
     if (item.state !== "open") {
@@ -154,7 +154,7 @@ function drawItem() {
   element("number").textContent = `Item ${item.id}`;
   element("state").textContent = item.state === "open" ? "· open" : `· ${DONE[item.state].toLowerCase()}`;
   element("question").textContent = item.question;
-  element("answer").textContent = item.answer;
+  element("answer").textContent = item.answer || "(empty)";
   element("answer").classList.toggle("wrong-answer", item.state === "correct" || item.state === "reject");
   const decided = element("decided");
   decided.hidden = item.state === "open";
