@@ -118,13 +118,12 @@ def _predict(head: FastRM, answerer: Answerer, part: Sequence[Item]) -> Any:
             prompt_length=start,
         ).rows.cpu()
         columns = answerer.image_columns(prompts, 0)
-        prediction: Prediction = head.predict(
-            known.hidden[head.config.layer][None], known.state[head.config.layer][None]
-        )
+        hidden, state = (of[head.config.layer][None].to(head.bias.device) for of in (known.hidden, known.state))
+        prediction: Prediction = head.predict(hidden, state)
         exact = torch.from_numpy(np.ascontiguousarray(item.record.maps))
-        values = {"fastrm": prediction.map[0], "raw_attention": rows[:, columns]}
+        values = {"fastrm": prediction.map[0].cpu(), "raw_attention": rows[:, columns]}
         if head.mean_map.shape == exact.shape[1:]:
-            values["mean_map"] = head.mean_map.expand_as(exact)
+            values["mean_map"] = head.mean_map.cpu().expand_as(exact)
         yield item, exact, values, (image_layouts(answerer, prompts, [picture])[0], columns, start)
 
 
@@ -191,17 +190,19 @@ def _summary(found: Sequence[TokenScore], resamples: int) -> dict[str, dict[str,
         if not any(name in score.scores for score in found):
             continue
         own: dict[str, Any] = {}
-        if name in found[0].counts:
-            right, wrong, missed, rest = np.array([s.counts[name] for s in found], dtype=np.float64).T
+        # Pictures with another number of columns than those of the training have no mean map, and count for nothing.
+        if any(name in score.counts for score in found):
+            none = np.zeros((len(THRESHOLDS), 3), dtype=np.int64)
+            right, wrong, missed, rest = np.array([s.counts.get(name, (0,) * 4) for s in found], dtype=np.float64).T
             own["f1"] = bootstrap.ratio(2 * right, 2 * right + wrong + missed)
             own["iou"] = bootstrap.ratio(right, right + wrong + missed)
             own["accuracy"] = bootstrap.ratio(right + rest, right + wrong + missed + rest)
-            sums = np.stack([s.sweep[name] for s in found]).sum(0)
+            sums = np.stack([s.sweep.get(name, none) for s in found]).sum(0)
             best = int(np.argmax(2 * sums[:, 0] / np.maximum(2 * sums[:, 0] + sums[:, 1] + sums[:, 2], 1)))
-            right, wrong, missed = np.array([s.sweep[name][best] for s in found], dtype=np.float64).T
+            right, wrong, missed = np.array([s.sweep.get(name, none)[best] for s in found], dtype=np.float64).T
             own["best_f1"] = bootstrap.ratio(2 * right, 2 * right + wrong + missed)
         for score in ("rank_correlation", "pointing_game", "mass_in_mask"):
-            values = np.array([s.scores[name].get(score, np.nan) for s in found])
+            values = np.array([s.scores.get(name, {}).get(score, np.nan) for s in found])
             if np.isfinite(values).any():
                 own[score] = bootstrap.mean(values)
         summary[name] = {

@@ -199,9 +199,9 @@ def train_head(
     Raises:
         ArgumentError: too few samples, or no positive column among them; accelerate is not installed.
     """
+    state = join_processes(answerer.model.device.type)
     from accelerate import Accelerator
 
-    state = join_processes(answerer.model.device.type)
     accelerator = Accelerator(cpu=answerer.model.device.type == "cpu")
     report = progress or (lambda stage, done, total: None)
     config = replace(
@@ -306,7 +306,9 @@ def _count(head: FastRM, cache: StateCache, config: FastRMConfig, size: int, dev
         )
         scores = head(batch.hidden, batch.state)
         if config.activation == "softmax":
-            values = min_max(scores.masked_fill(~batch.real, -1e4).softmax(-1))
+            values = scores.masked_fill(~batch.real, -1e4).softmax(-1)
+            # The least of a map is that of its own columns, not the padding's 0.
+            values = min_max(torch.where(batch.real, values, values.amax(-1, keepdim=True)))
         else:
             values = scores.sigmoid()
         bins = (values[batch.real] * BINS).long().clamp(max=BINS - 1)

@@ -70,6 +70,8 @@ class FastRMConfig:
         for name, known in (("norm", NORMS), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in known:
                 raise ArgumentError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not self.eps > 0:
+            raise ArgumentError(f"eps: expected a positive number, got {self.eps}")
         for name in ("binarisation", "decision_threshold"):
             if not 0 < getattr(self, name) < 1:
                 raise ArgumentError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")
@@ -104,13 +106,14 @@ class FastRM(nn.Module):
     """
 
     mean_map: Tensor
+    norm_bias: nn.Parameter | None
 
     def __init__(self, config: FastRMConfig) -> None:
         super().__init__()
         self.config = config
         size = config.hidden_size
         self.norm_weight = nn.Parameter(torch.ones(size))
-        self.norm_bias = nn.Parameter(torch.zeros(size if config.norm == "layer" else 0))
+        self.norm_bias = nn.Parameter(torch.zeros(size)) if config.norm == "layer" else None
         width = config.query_width
         self.query_layer = nn.Linear(size, width) if width else None
         self.query = nn.Linear(width or size, config.dim, bias=bool(width))
@@ -133,7 +136,7 @@ class FastRM(nn.Module):
         """query (B, N, D) and offset (B, N) of `lvlm_fastxai.ops.proxy_relevancy` for hidden states (B, N, D)."""
         direction = self._query(state) @ self.key.weight
         offset = self.bias.expand(direction.shape[:-1])
-        if self.config.norm == "layer":
+        if self.norm_bias is not None:
             offset = offset + direction @ self.norm_bias
         return direction * self.norm_weight, offset
 
@@ -220,13 +223,14 @@ class FastRM(nn.Module):
         Raises:
             ArgumentError: the folder cannot be written.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         target = Path(folder)
         try:
             target.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"schema": SCHEMA, **asdict(self.config)}, indent=2, ensure_ascii=False)
-            save_file({k: v.contiguous().cpu() for k, v in self.state_dict().items() if v.numel()}, target / WEIGHTS)
+            weights = {k: v.contiguous().cpu() for k, v in self.state_dict().items() if v.numel()}
+            (target / WEIGHTS).write_bytes(save(weights))
             (target / CONFIG).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise ArgumentError(f"folder: cannot write '{target}': {one_line(error)}") from error
@@ -259,7 +263,9 @@ class FastRM(nn.Module):
         except ArgumentError:
             raise
         except Exception as error:  # json, safetensors and torch raise what they like on damaged files
-            raise ArgumentError(f"cannot load the FastRM head in '{source}': {one_line(error)}") from error
+            # All of torch's lines: the first does not say which weights do not fit.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ArgumentError(f"cannot load the FastRM head in '{source}': {reason}") from error
         return head.eval()
 
     @property

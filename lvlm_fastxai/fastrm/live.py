@@ -49,7 +49,8 @@ class LiveStep:
     Attributes:
         index: 0 for the first token of the answers.
         token_ids: (B,) int64, on the CPU as ``generate()`` hands them over.
-        open: (B,) bool, False for what fills up an answer that has ended; the end token itself is True.
+        open: (B,) bool, False for what fills up an answer that has ended; the end token itself is True. Answers end
+            with the ``eos_token_id`` of the model's own generation_config.
         prediction: map (B, 1, n), entropy and bernoulli (B, 1); the n image columns in the sequence's order.
         logits: (B,) fp32, of the tokens.
         probabilities: (B,) fp32.
@@ -64,7 +65,7 @@ class LiveStep:
     _live: LiveMaps
 
     def token(self, sample: int = 0) -> LiveToken:
-        """This step's token of one answer."""
+        """This step's token of one answer; UnknownFamilyError where the family's grids are not known."""
         row = self.row(sample)
         return LiveToken(
             token_id=int(self.token_ids[sample]),
@@ -144,10 +145,9 @@ class LiveMaps:
         self.model: Any = model
         self.inputs = inputs
         self.prompt_length: int = tokens.shape[1]
-        self.steps: list[LiveStep] = []
         self._image_sizes = image_sizes
         self._image_processor = image_processor
-        self._on_step = on_step or self.steps.append
+        self._on_step = on_step
         self._layer = layers[head.config.layer]
         self._layouts: dict[int, list[ImageLayout]] = {}
         self._columns = _image_columns(model, tokens)
@@ -156,6 +156,8 @@ class LiveMaps:
         self._reset()
 
     def _reset(self) -> None:
+        self.steps: list[LiveStep] = []
+        self._copies = 1  # answers to each prompt (num_return_sequences)
         self._read = 0  # columns of the prompt that have passed
         self._prompt_given = False
         self._states: Tensor | None = None  # (B, n, D)
@@ -182,7 +184,7 @@ class LiveMaps:
         return self._columns[sample // self._copies]
 
     def layouts(self, sample: int = 0) -> list[ImageLayout]:
-        """The grids of one prompt's pictures; none for an unknown family."""
+        """The grids of one prompt's pictures; UnknownFamilyError where the family's are not known."""
         prompt = sample // self._copies
         if prompt not in self._layouts:
             sizes = None if self._image_sizes is None else self._image_sizes[prompt]
@@ -200,11 +202,6 @@ class LiveMaps:
         """Bytes of the hidden states that are kept."""
         return 0 if self._states is None else self._states.nbytes
 
-    @property
-    def _copies(self) -> int:
-        """Answers to each prompt (num_return_sequences)."""
-        return 1 if self._states is None else max(len(self._states) // len(self._columns), 1)
-
     def _see_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
         hidden = (output[0] if isinstance(output, tuple) else output).detach()
         if hidden.shape[0] % len(self._columns):
@@ -218,13 +215,13 @@ class LiveMaps:
     def _keep(self, hidden: Tensor) -> None:
         """Image columns of a piece of the prompt; a prompt that is read at once is one piece."""
         batch, length, width = hidden.shape
-        copies = batch // len(self._columns)
-        counts = [len(columns) for columns in self._columns for _ in range(copies)]
         if self._states is None:
+            self._copies = batch // len(self._columns)
+            counts = [len(columns) for columns in self._columns for _ in range(self._copies)]
             self._states = hidden.new_zeros(batch, max(counts), width)
             self._lengths = torch.tensor(counts, dtype=torch.int32, device=hidden.device)
         for sample in range(batch):
-            columns = self._columns[sample // copies]
+            columns = self.columns(sample)
             inside = ((columns >= self._read) & (columns < self._read + length)).nonzero()[:, 0]
             if len(inside):
                 taken = (columns[inside] - self._read).to(hidden.device)
@@ -253,7 +250,7 @@ class LiveMaps:
         self._open = open_now & ~torch.isin(tokens.cpu(), self._ends)
         step = LiveStep(self._count, tokens, open_now, prediction, chosen, probabilities, self)
         self._count += 1
-        self._on_step(step)
+        (self._on_step or self.steps.append)(step)
 
     def end(self) -> None:
         """What ``generate()`` calls last."""
