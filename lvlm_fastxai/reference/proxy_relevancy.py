@@ -62,5 +62,5 @@ def proxy_relevancy(
 
 
 def _times(probability: Tensor, logarithm: Tensor) -> Tensor:
-    """p · log p, 0 where p is."""
-    return torch.where(probability > 0, probability * logarithm, 0)
+    """p · log p, 0 where p is; NaN stays NaN, so that a state that is NaN never looks certain."""
+    return torch.where(probability == 0, 0, probability * logarithm)
