@@ -85,6 +85,15 @@ def test_answers_that_are_right_or_wrong_together_count_as_few(monkeypatch):
     assert policies() > 9
 
 
+def test_many_thresholds_are_one_look():
+    """Exactly 95 % are right at every threshold: each policy is an error. The best of all would be one in eight."""
+    rng, found = np.random.default_rng(3), 0
+    for seed in range(200):
+        right = np.random.default_rng(seed).random(900) < 0.95
+        found += calibrate(*rng.random((2, 900)), right, seed=seed, resamples=2).policy.threshold is not None
+    assert found <= 15
+
+
 def test_nothing_is_promised_where_the_answers_are_not_good_enough():
     found = calibrate(*simulate(40, 1, 0), resamples=10)
     assert found.policy.threshold is None

@@ -262,6 +262,7 @@ def test_what_others_decide_meanwhile(open_page, queue):
     at(page, 3)
     # Between two looks of the page at the queue: the decision is refused, and the other one shown.
     page.execute_script("Object.defineProperty(document, 'hidden', {value: true})")
+    time.sleep(0.3)  # a look that is under way
     queue.decide(3, "reject", reviewer="Cy")
     press(page, "y")
     said(page, "somebody else has decided about it meanwhile: reject")
