@@ -218,6 +218,8 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     from .evaluate import draw, evaluate_head, table
 
     folder = prepare_directory(args.out)
+    if args.resamples < 1:
+        raise ArgumentError(f"--resamples: expected at least 1, got {args.resamples}")
     head = FastRM.from_pretrained(args.head)
     sources = [open_source(spec) for spec in args.source]
     model, processor, _ = load_checkpoint(args.model, args.device, args.dtype)
@@ -226,7 +228,8 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     own = fingerprint(model)
     result = {}
     for spec in args.maps:
-        title, _, path = spec.rpartition("=")
+        # A folder's own name may hold the sign.
+        title, path = ("", spec) if "=" not in spec or Path(spec).is_dir() else spec.split("=", 1)
         items = _items([Path(path)], sources, own)
         title = title or Path(path).name
         if title in result:
@@ -258,6 +261,8 @@ def _maps_of(spec: str, folder: Path, sources: list[Source], model: Any, process
     path = Path(spec)
     if path.is_dir() and ((path / INDEX).is_file() or any(path.glob(PATTERN))):
         return path
+    if not path.exists() and not spec.startswith("scenes:"):
+        raise ArgumentError(f"maps: there is no '{spec}'; give a folder of build-maps, or a source with answers")
     source = open_source(spec)
     sources.append(source)
     target = folder / f"maps-{source.digest[:12]}"
