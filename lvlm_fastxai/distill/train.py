@@ -48,13 +48,13 @@ class TrainSettings:
         ArgumentError: a value outside its range.
     """
 
-    layer: int = -1
+    layer: int = -2
     dim: int = 64
-    query_width: int = 0
-    norm: str = "rms"
+    query_width: int = 256
+    norm: str = "layer"
     activation: str = "sigmoid"
     binarisation: float = 0.3
-    class_weight: float = 0.5
+    class_weight: float = 0.0
     epochs: int = 30
     patience: int = 5
     batch: int = 32

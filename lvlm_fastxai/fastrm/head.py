@@ -48,10 +48,10 @@ class FastRMConfig:
     """
 
     hidden_size: int
-    layer: int = -1
+    layer: int = -2
     dim: int = 64
-    query_width: int = 0
-    norm: str = "rms"
+    query_width: int = 256
+    norm: str = "layer"
     activation: str = "sigmoid"
     eps: float = 1e-6
     binarisation: float = 0.3
