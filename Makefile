@@ -29,7 +29,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 .DEFAULT_GOAL := help
 # Two pips in one environment get in each other's way.
 .NOTPARALLEL:
-.PHONY: help demo test test-floor lint cuda triton wheel evaluate benchmark gpu train-tiny clean
+.PHONY: help demo test test-floor lint cuda triton wheel evaluate benchmark gpu train-tiny train-head clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -113,6 +113,17 @@ gpu:  ## on a machine with a GPU, offline: build in place, test, sanitize, bench
 
 train-tiny: | $(DEV) $(PACKAGE)  ## train the shipped model from its seed (hours on two cores)
 	$(BIN)/python -m lvlm_fastxai.tiny.train
+
+# Two kinds of question are kept from the head, to see what it makes of them.
+UNSEEN := position,relation
+MAPS := $(BIN)/lvlm-fastxai fastrm build-maps --batch 64 --shard-size 64
+train-head: | $(DEV) $(PACKAGE)  ## exact maps, the head that ships with the shipped model, its evaluation (an hour on two cores)
+	$(MAPS) 'scenes:train?count=8000&seed=100&without=$(UNSEEN)' --out out/fastrm/train
+	$(MAPS) 'scenes:validation?count=800&seed=50&without=$(UNSEEN)' --out out/fastrm/validation
+	$(MAPS) 'scenes:held-out?count=1600&seed=500&without=$(UNSEEN)' --out out/fastrm/seen
+	$(MAPS) 'scenes:held-out?count=800&seed=501&kinds=$(UNSEEN)' --out out/fastrm/unseen
+	$(BIN)/lvlm-fastxai fastrm train out/fastrm/train --validation out/fastrm/validation --out lvlm_fastxai/fastrm/shipped --log out/fastrm/log
+	$(BIN)/lvlm-fastxai fastrm evaluate seen=out/fastrm/seen unseen=out/fastrm/unseen --out out/fastrm
 
 clean:  ## remove what was built and the environment; training state stays
 	rm -rf $(VENV) .cache/floor-* build dist out *.egg-info lvlm_fastxai/*.so lvlm_fastxai/triton_kernels

@@ -12,6 +12,8 @@ where it was attached while the answer was written. The paper's two figures (99.
 the gradient method) are recomputed against both. Prediction: against eager 1 − 2.4 MB / (3 · 20 GFLOP …), over 99.9 %
 of time without a forward, about 80 % with one; against our own sweep a third less with a forward.
 
+``ceiling``: how far exact maps agree with themselves when nothing but the model's dtype changes, by the same F1.
+
 ``ablation``: heads of other layers, widths, norms, activations, losses, trained on the same maps, compared on the
 validation maps that chose their epoch.
 """
@@ -37,11 +39,12 @@ COST_CASE = "decoder-704"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("live", "cost", "ablation"))
+    parser.add_argument("what", choices=("live", "cost", "ablation", "ceiling"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--maps", type=Path, help="ablation: maps to train on")
+    parser.add_argument("--maps", type=Path, help="ablation: maps to train on; ceiling: exact maps")
     parser.add_argument("--validation", type=Path, help="ablation: maps to choose by")
+    parser.add_argument("--other", type=Path, help="ceiling: exact maps of the same samples in another dtype")
     parser.add_argument("--epochs", type=int, default=12, help="ablation: at most")
     parser.add_argument("--only", action="append", help="ablation: these rows only, by a part of their name")
     parser.add_argument("--out", type=Path, help="results file (JSON)")
@@ -52,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
 
     torch.set_num_threads(args.threads)
     head = machine.describe()
-    results = {"live": live, "cost": cost, "ablation": ablation}[args.what](args)
+    results = {"live": live, "cost": cost, "ablation": ablation, "ceiling": ceiling}[args.what](args)
     if args.out:
         machine.write_results(args.out, head, results)
     return 0
@@ -317,6 +320,33 @@ def ablation(args: argparse.Namespace) -> dict[str, Any]:
         )
         if args.out:
             machine.write_results(args.out, machine.describe(), results)
+    return results
+
+
+def ceiling(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from lvlm_fastxai.distill.shards import open_maps
+    from lvlm_fastxai.distill.train import binary_target
+
+    if args.maps is None or args.other is None:
+        sys.exit("ceiling: give --maps and --other, folders of build-maps with one source and two dtypes")
+    both = open_maps(args.maps), open_maps(args.other)
+    right = chosen = wanted = tokens = 0
+    for one, other in zip(both[0].records(), both[1].records(), strict=True):
+        if one.token_ids != other.token_ids or not one.token_ids:
+            continue
+        first, second = (binary_target(torch.from_numpy(found.maps.copy()), 0.3).bool() for found in (one, other))
+        right += int((first & second).sum())
+        chosen, wanted = chosen + int(second.sum()), wanted + int(first.sum())
+        tokens += len(one.token_ids)
+    results = {
+        "dtypes": [found.settings["dtype"] for found in both],
+        "source": both[0].source_spec,
+        "tokens": tokens,
+        "f1": 2 * right / (chosen + wanted),
+    }
+    print(f"{results['dtypes'][1]} against {results['dtypes'][0]}, {tokens} tokens: F1 {results['f1']:.3f}")
     return results
 
 
