@@ -95,7 +95,10 @@ def head(lvlm: tuple[Any, Any]) -> FastRM:
     """Of the shipped LVLM, with weights that are drawn."""
     torch.manual_seed(4)
     model = lvlm[0]
-    head = FastRM(FastRMConfig(192, dim=8, model_name="the shipped LVLM", model_fingerprint=fingerprint(model)))
+    config = FastRMConfig(
+        192, layer=-1, dim=8, query_width=0, model_name="the shipped LVLM", model_fingerprint=fingerprint(model)
+    )
+    head = FastRM(config)
     torch.nn.init.normal_(head.key.weight, std=0.3)
     head.mean_map = torch.rand(144)
     return head.eval()
@@ -131,7 +134,7 @@ def test_answers_without_a_token_are_left_out(maps: Path, monkeypatch: pytest.Mo
     assert [item.record.index for item in Items([found])] == [number for number in range(24) if number != 5]
 
 
-def test_a_source_has_to_be_what_it_was(lvlm: tuple[Any, Any], decisions: Path, tmp_path: Path) -> None:
+def test_a_source_has_to_be_what_it_was(lvlm: tuple[Any, Any], maps: Path, decisions: Path, tmp_path: Path) -> None:
     path = tmp_path / "here" / "decisions.jsonl"
     path.parent.mkdir()
     lines = decisions.read_text().splitlines()[:2]
@@ -149,6 +152,10 @@ def test_a_source_has_to_be_what_it_was(lvlm: tuple[Any, Any], decisions: Path, 
     moved.write_text("\n".join(reversed(lines)) + "\n")
     with pytest.raises(ArgumentError, match="not among the sources"):
         Items([found], [open_source(str(moved))])
+    scenes = open_maps(maps)
+    scenes.source_digest = "0" * 64
+    with pytest.raises(ArgumentError, match="not among the sources"):
+        Items([scenes])
 
 
 def test_maps_of_several_models_are_no_training_set(maps: Path) -> None:
@@ -231,7 +238,7 @@ class Known(StateCache):
         return [self.taken[index] for index in indices]
 
 
-def invented(count: int, seed: int, columns: Sequence[int] = (12,)) -> Known:
+def invented(count: int, seed: int, columns: Sequence[int] = (12,), noise: float = 0.3) -> Known:
     """Answers whose tokens ask for a colour and whose columns show one: relevant is where both are the same."""
     codes = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))[0][:COLOURS] * 4
     generator = torch.Generator().manual_seed(seed)
@@ -245,8 +252,8 @@ def invented(count: int, seed: int, columns: Sequence[int] = (12,)) -> Known:
         shown, asked = draw(n), draw(tokens)
         shown[:COLOURS] = torch.arange(COLOURS)
         maps = (shown == asked[:, None]) + 0.2 * torch.rand(tokens, n, generator=generator)
-        hidden = codes[shown] + 0.3 * torch.randn(n, WIDTH, generator=generator)
-        state = codes[asked] + 0.3 * torch.randn(tokens, WIDTH, generator=generator)
+        hidden = codes[shown] + noise * torch.randn(n, WIDTH, generator=generator)
+        state = codes[asked] + noise * torch.randn(tokens, WIDTH, generator=generator)
         record = MapRecord(number, str(number), "", [1] * tokens, None, maps.numpy(), (1, n))
         taken.append((Item(None, record), States({-1: hidden}, {-1: state})))  # type: ignore[arg-type]
     return Known(taken)
@@ -264,7 +271,9 @@ def learn(settings: TrainSettings, learned: Known, validation: Known, **config: 
     )
 
 
-QUICK = TrainSettings(dim=8, epochs=25, patience=25, batch=16, learning_rate=2e-2)
+QUICK = TrainSettings(
+    layer=-1, dim=8, query_width=0, norm="rms", class_weight=0.5, epochs=25, patience=25, batch=16, learning_rate=2e-2
+)
 
 
 def f1_of(known: Known, predict: Callable[[MapRecord, States], Tensor], threshold: float) -> float:
@@ -368,15 +377,37 @@ def test_the_seed_decides_everything() -> None:
 
 def test_training_stops_when_nothing_gets_better() -> None:
     settings = replace(QUICK, epochs=60, patience=3)
-    validation = invented(16, 2)
-    trained = learn(settings, invented(64, 1), validation)
+    validation = invented(16, 2, noise=3)
+    trained = learn(settings, invented(32, 1, noise=3), validation)
     f1 = [epoch["f1"] for epoch in trained.history]
     best = int(np.argmax(f1))
     assert len(f1) == best + 1 + settings.patience < settings.epochs
     assert trained.history[best]["threshold"] == trained.head.config.decision_threshold
     assert [epoch["epoch"] for epoch in trained.history] == list(range(1, len(f1) + 1))
+    assert f1[-1] < f1[best]  # so it is not the last epoch's weights that make the figure
     found = f1_of(validation, predicted(trained.head), trained.head.config.decision_threshold)
-    assert found == pytest.approx(f1[best], abs=1e-3)
+    assert found == pytest.approx(f1[best], abs=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_columns_are_counted_by_target_and_value(activation: str) -> None:
+    """In padded batches, by the values that a map has where it is used."""
+    torch.manual_seed(0)
+    head = FastRM(FastRMConfig(WIDTH, layer=-1, activation=activation)).eval()
+    known = invented(11, 5, columns=(12, 5, 8))
+    counts = train._count(head, known, head.config, 4, "cpu")
+    values: list[list[float]] = [[], []]
+    for item, states in known.taken:
+        maps = torch.from_numpy(item.record.maps)
+        low, high = maps.min(1, keepdim=True).values, maps.max(1, keepdim=True).values
+        found, target = predicted(head)(item.record, states), (maps - low) / (high - low) > 0.3
+        for group in (0, 1):
+            values[group] += found[target == bool(group)].tolist()
+    for group in (0, 1):
+        wanted, _ = np.histogram(values[group], bins=train.BINS, range=(0, 1))
+        # A value at the edge of two bins may fall into either.
+        assert np.abs(np.cumsum(counts[group].numpy()) - np.cumsum(wanted)).max() <= 1
+        assert counts[group].sum() == len(values[group])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -564,7 +595,7 @@ def test_an_answer_of_no_token_is_never_trusted(
 
 # The commands
 
-SMALL = ("--epochs", "2", "--dim", "8", "--batch", "8")
+SMALL = ("--epochs", "2", "--layer", "-1", "--dim", "8", "--batch", "8")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from test_oracles import NoSquare
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from lvlm_fastxai import Explainer, families
+from lvlm_fastxai import Explainer, cli, families
+from lvlm_fastxai.checkpoint import load_checkpoint
 from lvlm_fastxai.errors import ArgumentError, ModelMismatchError
 from lvlm_fastxai.evaluate.answering import Answerer
 from lvlm_fastxai.fastrm import FastRM, FastRMConfig, LiveMaps, LiveStep, stream
@@ -26,7 +27,7 @@ from lvlm_fastxai.fastrm.fingerprint import fingerprint
 from lvlm_fastxai.fastrm.head import min_max
 from lvlm_fastxai.methods import GlimpseOptions
 from lvlm_fastxai.sweep import find_decoder_layers
-from lvlm_fastxai.tiny.model import build_model, build_processor
+from lvlm_fastxai.tiny.model import build_model, build_processor, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,7 +45,8 @@ def make_head(model: Any = None, *, seed: int = 0, hidden_size: int = 32, **sett
     if model is not None:
         settings = {"model_fingerprint": fingerprint(model), "model_name": "a tiny LVLM", **settings}
         hidden_size = model.config.get_text_config().hidden_size
-    head = FastRM(FastRMConfig(hidden_size=hidden_size, **{"dim": 7, **settings}))
+    plain = {"dim": 7, "layer": -1, "norm": "rms", "query_width": 0}
+    head = FastRM(FastRMConfig(hidden_size=hidden_size, **{**plain, **settings}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in head.named_parameters():
@@ -651,3 +653,22 @@ def test_the_explainer_refuses_what_does_not_go_together(lvlm: tuple[Any, Any]) 
         Explainer(model, processor, method="fastrm", head=make_head(model), options=GlimpseOptions())
     with pytest.raises(ModelMismatchError, match="not recorded"):
         Explainer(model, processor, head=make_head(hidden_size=model.config.get_text_config().hidden_size))
+
+
+def test_the_command_explains_with_a_head(
+    lvlm: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(lvlm[0], tmp_path / "model")
+    model, *_ = load_checkpoint(tmp_path / "model")
+    picture((64, 96)).save(tmp_path / "picture.png")
+    make_head(model).save_pretrained(tmp_path / "head")
+    words = ["explain", str(tmp_path / "picture.png"), QUESTION, "--model", str(tmp_path / "model")]
+    words += ["--max-new-tokens", "2", "--out", str(tmp_path / "out"), "--json", "--method", "fastrm"]
+    assert cli.main([*words, "--head", str(tmp_path / "head")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["method"] == "fastrm" and all(0 < token["entropy"] < 1 for token in found["tokens"])
+    assert cli.main(words) == 2
+    assert "--method fastrm: give --head" in capsys.readouterr().err
+    make_head(hidden_size=8).save_pretrained(tmp_path / "other")
+    assert cli.main([*words, "--head", str(tmp_path / "other")]) == 2
+    assert "width 8" in capsys.readouterr().err

@@ -162,8 +162,9 @@ def _run_train(args: argparse.Namespace) -> int:
 
     given = {field.name: getattr(args, field.name, None) for field in fields(TrainSettings)}
     settings = TrainSettings(**{name: value for name, value in given.items() if value is not None})
-    folder = prepare_directory(args.out)
     state = join_processes(args.device.partition(":")[0])
+    # By one process: it tries the folder with a file that another would find gone.
+    folder = prepare_directory(args.out) if state.is_main_process else args.out
     sources = [open_source(spec) for spec in args.source]
     model, processor, _ = load_checkpoint(args.model, _device(args.device, state), args.dtype)
     own = fingerprint(model)
