@@ -512,6 +512,24 @@ def test_live_maps_are_refused_where_there_are_none() -> None:
         model.generate(**two, **SETTINGS, streamer=live)
 
 
+@pytest.mark.parametrize("option", [{"prompt_lookup_num_tokens": 3}, {"guidance_scale": 1.5}])
+def test_passes_that_choose_no_token_or_several_are_refused(option: dict[str, Any]) -> None:
+    model, prompt, head = warm("llava")
+    live = LiveMaps(head, model, prompt)
+    with pytest.raises(ArgumentError, match=r"several tokens for one.*leave these out"), live:
+        model.generate(**prompt, **SETTINGS, **option, streamer=live)
+    if live.steps:  # prompt lookup has found nothing for the first
+        compare(head, model, prompt, live.steps, 0)
+
+
+@pytest.mark.parametrize("option", [{"use_cache": False}, {"cache_implementation": "static"}])
+def test_whatever_the_cache(option: dict[str, Any]) -> None:
+    model, prompt, head = warm("llava")
+    with LiveMaps(head, model, prompt) as live:
+        model.generate(**prompt, **SETTINGS, **option, streamer=live)
+    compare(head, model, prompt, live.steps, 0)
+
+
 # Maps as they come
 
 

@@ -94,7 +94,8 @@ class LiveMaps:
 
     Hidden states of the image's columns are kept once, after the prompt has been read, in the model's dtype; every
     token then costs one pass over them. Nothing of the model is changed but two hooks, which the ``with`` block takes
-    away again.
+    away again. Where ``generate()`` reads anything but one token for the next (beam search, assisted decoding, prompt
+    lookup, ``guidance_scale``), it raises.
 
     Args:
         head: trained for this model (`FastRM.check_model`).
@@ -160,6 +161,7 @@ class LiveMaps:
         self._copies = 1  # answers to each prompt (num_return_sequences)
         self._read = 0  # columns of the prompt that have passed
         self._prompt_given = False
+        self._chosen_next = False  # what the next token is chosen by has passed
         self._states: Tensor | None = None  # (B, n, D)
         self._lengths: Tensor | None = None
         self._state: Tensor | None = None  # (B, 1, D)
@@ -208,8 +210,19 @@ class LiveMaps:
             raise ArgumentError(
                 f"inputs: generate() runs {hidden.shape[0]} sequences, LiveMaps was given {len(self._columns)} prompts"
             )
+        length = hidden.shape[1]
+        if self._read < self.prompt_length:
+            expected = self._read + length <= self.prompt_length
+        else:  # the last token, or without a cache the whole sequence; once
+            expected = not self._chosen_next and length in (1, self.prompt_length + self._count)
+        if not expected:
+            raise ArgumentError(
+                "LiveMaps: generate() reads several tokens for one, as assisted decoding, prompt lookup and "
+                "guidance_scale make it; leave these out"
+            )
         if self._read < self.prompt_length:
             self._keep(hidden)
+        self._chosen_next = self._read >= self.prompt_length
         self._state = hidden[:, -1:]
 
     def _keep(self, hidden: Tensor) -> None:
@@ -250,6 +263,7 @@ class LiveMaps:
         self._open = open_now & ~torch.isin(tokens.cpu(), self._ends)
         step = LiveStep(self._count, tokens, open_now, prediction, chosen, probabilities, self)
         self._count += 1
+        self._chosen_next = False
         (self._on_step or self.steps.append)(step)
 
     def end(self) -> None:
