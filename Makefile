@@ -66,7 +66,7 @@ $(FLOOR): | $(DEV)
 	@rm -rf .cache/floor-*
 	$(PIP) install --no-deps --target $@.part -r requirements/floor.lock && mv $@.part $@
 
-FLOOR_TESTS := $(addprefix tests/test_, relevancy_product.py sweep.py glimpse.py oracles.py families.py pruning.py recording.py sharding.py tiny.py)
+FLOOR_TESTS := $(addprefix tests/test_, relevancy_product.py sweep.py glimpse.py oracles.py families.py pruning.py recording.py sharding.py tiny.py fastrm.py)
 test-floor: | $(FLOOR) $(PACKAGE)  ## the tests that meet transformers, against the oldest supported one
 	@PYTHONPATH=$(FLOOR) $(BIN)/python -c 'from importlib.metadata import version; print("transformers", version("transformers"))'
 	PYTHONPATH=$(FLOOR) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --timeout 300 $(FLOOR_TESTS)

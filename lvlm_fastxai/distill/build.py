@@ -196,7 +196,7 @@ def join_processes(device_type: str) -> Any:
     try:
         from accelerate import PartialState
     except ImportError:
-        raise ArgumentError("build-maps needs accelerate: pip install 'lvlm_fastxai[fastrm]'") from None
+        raise ArgumentError("distillation needs accelerate: pip install 'lvlm_fastxai[fastrm]'") from None
     return PartialState(cpu=device_type == "cpu", timeout=PATIENCE)
 
 
