@@ -55,7 +55,7 @@ class TrainSettings:
     activation: str = "sigmoid"
     binarisation: float = 0.3
     class_weight: float = 0.0
-    epochs: int = 30
+    epochs: int = 8
     patience: int = 5
     batch: int = 32
     learning_rate: float = 3e-3
