@@ -273,12 +273,21 @@ def _data(explanation: Explanation, words: list[tuple[str, list[int]]]) -> dict[
             "shares": shares and {part: float(f"{shares[part]:.6g}") for part in PARTS},
         }
 
+    # A head maps the image alone: a share of it would look like a finding.
+    of_image_alone = explanation.method == "fastrm"
     scores = [_scores_without_self(explanation, token) for token in explanation.tokens]
     of_answer = explanation.prompt_scores if explanation.weighted else np.mean(scores, axis=0)
     entries = [
-        entry("whole", "", explanation.confidence, explanation.image_maps, of_answer, explanation.shares),
+        entry(
+            "whole",
+            "",
+            explanation.confidence,
+            explanation.image_maps,
+            of_answer,
+            None if of_image_alone else explanation.shares,
+        ),
         *(
-            entry("token", token_label(t.text), t.probability, t.image_maps, own, t.shares)
+            entry("token", token_label(t.text), t.probability, t.image_maps, own, None if of_image_alone else t.shares)
             for t, own in zip(explanation.tokens, scores, strict=True)
         ),
     ]
@@ -383,6 +392,13 @@ def _how_to_read(explanation: Explanation) -> str:
         + (" For the whole answer it is the tokens' plain mean, without weights." if explanation.weighted else ""),
         "A map says which inputs the answer depends on by this measure. It does not say that the answer is right.",
     ]
+    if explanation.method == "fastrm":
+        lines.insert(
+            -1,
+            "A trained head has predicted these maps, values between 0 and 1, while the answer was written. They "
+            "are approximate, and of the image alone: the zeros at the question's words are no measurement, and there "
+            "are no sums by part. The entropy says how concentrated a map is: 0 on one patch, 1 on all alike.",
+        )
     if explanation.comparison is not None:
         lines.insert(
             -1,

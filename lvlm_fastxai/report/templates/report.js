@@ -153,7 +153,7 @@
       else picks[at].removeAttribute("aria-current");
       picks[at].tabIndex = index === Math.max(chosen, firstToken) ? 0 : -1;
     });
-    const shares = entry.shares; // null for another method's
+    const shares = entry.shares; // null for another method's, and for a head's
     const total = (shares && parts.reduce((sum, part) => sum + shares[part], 0)) || 1;
     parts.forEach((part) => {
       byId("bar-" + part).style.flexBasis = (shares ? (100 * shares[part]) / total : 0).toFixed(2) + "%";
