@@ -21,6 +21,7 @@ validation maps that chose their epoch.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -46,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation", type=Path, help="ablation: maps to choose by")
     parser.add_argument("--other", type=Path, help="ceiling: exact maps of the same samples in another dtype")
     parser.add_argument("--epochs", type=int, default=12, help="ablation: at most")
-    parser.add_argument("--only", action="append", help="ablation: these rows only, by a part of their name")
+    parser.add_argument(
+        "--only", action="append", help="ablation: these rows only, by a part of their name; they join those in --out"
+    )
     parser.add_argument("--out", type=Path, help="results file (JSON)")
 
 
@@ -252,7 +255,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "layer 0": {"layer": 0},
     "layer 1": {"layer": 1},
-    "layer 2": {"layer": 2},
+    "layer 2": {"layer": -2},
     "layer 3 (last)": {"layer": -1},
     "dim 16": {"dim": 16},
     "dim 32": {"dim": 32},
@@ -290,10 +293,13 @@ def ablation(args: argparse.Namespace) -> dict[str, Any]:
     model, processor = fx.load_tiny_lvlm()
     answerer = Answerer(model, processor)
     items, validation = Items([open_maps(args.maps)]), Items([open_maps(args.validation)])
-    layers = (0, 1, 2, -1)
+    layers = (0, 1, -2, -1)
     learn = StateCache(answerer, items, layers, float("inf"))
     check = StateCache(answerer, validation, layers, float("inf"))
+    # Single rows join those that are there.
     results: dict[str, Any] = {}
+    if args.only and args.out and args.out.exists():
+        results = json.loads(args.out.read_text())["results"]
     base = TrainSettings(epochs=args.epochs, **PLAIN)
     seen: dict[str, Any] = {}
     for name, changes in ABLATIONS.items():

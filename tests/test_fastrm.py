@@ -462,7 +462,7 @@ def test_an_answer_that_has_ended() -> None:
     with LiveMaps(make_head(model).double(), model, inputs) as live:
         model.generate(**inputs, **SETTINGS, streamer=live)
     count = last + 1
-    assert [step.open.tolist() for step in live.steps] == [[True, True]] * count + [[False, True]] * (TOKENS - count)
+    assert [list(step.open) for step in live.steps] == [[True, True]] * count + [[False, True]] * (TOKENS - count)
     assert [int(step.token_ids[0]) for step in live.steps[:count]] == free[0][:count]
 
 

@@ -86,6 +86,13 @@ class Prediction(NamedTuple):
     bernoulli: Tensor
 
 
+class Folded(NamedTuple):
+    """A linear map from the head's query to the operator's query and offset: weight (D + 1, d_p), bias (D + 1,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+
 class FastRM(nn.Module):
     """Normalisation and single-head attention over the image's columns; trains unfolded, infers folded.
 
@@ -130,19 +137,31 @@ class FastRM(nn.Module):
             hidden: (B, S, D) hidden states of the image's columns.
             state: (B, N, D) of the rows that produced the explained tokens.
         """
-        return self._query(state) @ self.key(self._normalised(hidden)).mT + self.bias
+        query = self._query(state) * self.config.dim**-0.5
+        return query @ self.key(self._normalised(hidden)).mT + self.bias
 
-    def fold(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """query (B, N, D) and offset (B, N) of `lvlm_fastxai.ops.proxy_relevancy` for hidden states (B, N, D)."""
-        direction = self._query(state) @ self.key.weight
-        offset = self.bias.expand(direction.shape[:-1])
-        if self.norm_bias is not None:
-            offset = offset + direction @ self.norm_bias
-        return direction * self.norm_weight, offset
+    @torch.no_grad()
+    def fold(self) -> Folded:
+        """Everything behind the query as one linear map, good until the weights change.
+
+        Its first D rows give the folded query g ∘ W_kᵀ q / √d_p, the last the offset c · W_kᵀ q / √d_p + b.
+        """
+        key = self.key.weight.T * self.config.dim**-0.5  # (D, d_p)
+        offset = torch.zeros_like(key[0]) if self.norm_bias is None else self.norm_bias @ key
+        weight = torch.cat((key * self.norm_weight[:, None], offset[None]))
+        bias = torch.zeros_like(weight[:, 0])
+        bias[-1] = self.bias
+        return Folded(weight, bias)
 
     @torch.no_grad()
     def predict(
-        self, hidden: Tensor, state: Tensor, *, lengths: Tensor | None = None, backend: str | None = None
+        self,
+        hidden: Tensor,
+        state: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        folded: Folded | None = None,
+        backend: str | None = None,
     ) -> Prediction:
         """Maps and their entropies, in one pass over the hidden states.
 
@@ -150,6 +169,7 @@ class FastRM(nn.Module):
             hidden: (B, S, D) hidden states of the image's columns, any floating dtype.
             state: (B, N, D) of the rows that produced the explained tokens.
             lengths: (B,) columns of each sample, padding behind them; default all S.
+            folded: what `fold` gives, to be kept by who predicts often.
             backend: of `lvlm_fastxai.ops.proxy_relevancy`.
 
         Raises:
@@ -161,12 +181,12 @@ class FastRM(nn.Module):
                 f"hidden: this head reads states of width {self.config.hidden_size}, got {hidden.shape[-1]} and "
                 f"{state.shape[-1]}"
             )
-        query, offset = self.fold(state.to(self.bias.dtype))
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        both = functional.linear(self._query(state), *(folded or self.fold()))
+        both = both.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         config = self.config
         return Prediction(
             *ops.proxy_relevancy(
-                *(hidden, query.to(dtype), offset.to(dtype)),
+                *(hidden, both[..., :-1], both[..., -1]),
                 norm=config.norm,
                 activation=config.activation,
                 eps=config.eps,
@@ -185,7 +205,7 @@ class FastRM(nn.Module):
         state = self._normalised(state)
         if self.query_layer is not None:
             state = functional.gelu(self.query_layer(state))
-        return self.query(state) * self.config.dim**-0.5
+        return self.query(state)
 
     def _normalised(self, states: Tensor) -> Tensor:
         states = states.to(self.norm_weight.dtype)

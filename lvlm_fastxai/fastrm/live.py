@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .. import families
 from ..errors import ArgumentError
 from ..families import ImageLayout
 from ..sweep import find_decoder_layers
-from .head import FastRM, Prediction
+from .head import FastRM, Folded, Prediction
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,25 @@ class LiveStep:
     Attributes:
         index: 0 for the first token of the answers.
         token_ids: (B,) int64, on the CPU as ``generate()`` hands them over.
-        open: (B,) bool, False for what fills up an answer that has ended; the end token itself is True. Answers end
+        open: B times False for what fills up an answer that has ended; the end token itself is True. Answers end
             with the ``eos_token_id`` of the model's own generation_config.
         prediction: map (B, 1, n), entropy and bernoulli (B, 1); the n image columns in the sequence's order.
         logits: (B,) fp32, of the tokens.
-        probabilities: (B,) fp32.
+        surprisals: (B,) fp32, −log of the tokens' probabilities.
     """
 
     index: int
     token_ids: Tensor
-    open: Tensor
+    open: tuple[bool, ...]
     prediction: Prediction
     logits: Tensor
-    probabilities: Tensor
+    surprisals: Tensor
     _live: LiveMaps
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(B,) fp32, of the tokens: temperature 1, no logits processor."""
+        return self.surprisals.neg().exp()
 
     def token(self, sample: int = 0) -> LiveToken:
         """This step's token of one answer; UnknownFamilyError where the family's grids are not known."""
@@ -166,7 +172,8 @@ class LiveMaps:
         self._lengths: Tensor | None = None
         self._state: Tensor | None = None  # (B, 1, D)
         self._logits: Tensor | None = None  # (B, V)
-        self._open: Tensor | None = None
+        self._open: tuple[bool, ...] = ()
+        self._folded: Folded | None = None
         self._count = 0
 
     def __enter__(self) -> LiveMaps:
@@ -254,14 +261,20 @@ class LiveMaps:
         device = self._states.device
         if self.head.bias.device != device:
             self.head = copy.deepcopy(self.head).to(device)  # the caller's stays where it is
-        prediction = self.head.predict(self._states, self._state, lengths=self._lengths)
+        if self._folded is None or self._folded.bias.device != device:
+            self._folded = self.head.fold()
+        # Between two passes of the model the caches hold nothing of this: on a CPU each of torch's calls, however
+        # small, then takes 50 to 200 µs, so there are few of them.
+        prediction = self.head.predict(self._states, self._state, lengths=self._lengths, folded=self._folded)
         tokens = value.reshape(-1)
-        logits = self._logits.float()
-        chosen = logits.gather(1, tokens.to(logits.device)[:, None])[:, 0]
-        probabilities = (chosen - logits.logsumexp(-1)).exp()
-        open_now = torch.ones(len(tokens), dtype=torch.bool) if self._open is None else self._open
-        self._open = open_now & ~torch.isin(tokens.cpu(), self._ends)
-        step = LiveStep(self._count, tokens, open_now, prediction, chosen, probabilities, self)
+        logits, on_device = self._logits.float(), tokens.to(self._logits.device)
+        chosen = logits.gather(1, on_device[:, None])[:, 0]
+        surprisals = functional.cross_entropy(logits, on_device, reduction="none")
+        open_now = self._open or (True,) * len(tokens)
+        self._open = tuple(
+            was and token not in self._ends for was, token in zip(open_now, tokens.tolist(), strict=True)
+        )
+        step = LiveStep(self._count, tokens, open_now, prediction, chosen, surprisals, self)
         self._count += 1
         self._chosen_next = False
         (self._on_step or self.steps.append)(step)
@@ -341,6 +354,6 @@ def _image_columns(model: Any, tokens: Tensor) -> list[Tensor]:
     return columns
 
 
-def _end_tokens(model: Any) -> Tensor:
+def _end_tokens(model: Any) -> set[int]:
     ends = model.generation_config.eos_token_id
-    return torch.tensor([] if ends is None else ends, dtype=torch.long).reshape(-1)
+    return set(ends) if isinstance(ends, list | tuple) else set() if ends is None else {ends}

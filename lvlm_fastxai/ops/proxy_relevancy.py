@@ -85,11 +85,10 @@ def proxy_relevancy(
         _refuse("lengths", "hold int32 or int64", lengths.dtype)
     elif lengths.device != hidden.device:
         _refuse("lengths", f"be on {hidden.device} like `hidden`", lengths.device)
+    if lengths.dtype == torch.int64:
+        lengths = lengths.clamp(0, columns).to(torch.int32)  # backends clamp what is int32 already
     run = _dispatch.select(OPERATOR, hidden, backend)
-    return run(
-        *(hidden, query, offset, lengths.to(torch.int32).clamp(0, columns)),
-        *(float(eps), norm == "layer", activation == "softmax"),
-    )
+    return run(hidden, query, offset, lengths, float(eps), norm == "layer", activation == "softmax")
 
 
 def _check(hidden: Tensor, query: Tensor, offset: Tensor) -> None:

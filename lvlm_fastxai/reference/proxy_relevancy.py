@@ -39,6 +39,7 @@ def proxy_relevancy(
         map (B, N, S), entropy (B, N), bernoulli (B, N), in the dtype of `query`.
     """
     dtype = compute_dtype or query.dtype
+    lengths = lengths.clamp(0, hidden.shape[1])
     real = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]  # (B, S)
     states = hidden.to(dtype).masked_fill(~real[..., None], 0)
     if centered:
