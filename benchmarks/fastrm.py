@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--other", type=Path, help="ceiling: exact maps of the same samples in another dtype")
     parser.add_argument("--epochs", type=int, default=12, help="ablation: at most")
     parser.add_argument(
-        "--only", action="append", help="ablation: these rows only, by a part of their name; they join those in --out"
+        "--only", action="append", help="ablation: rows with this in their name only; they join those in --out"
     )
     parser.add_argument("--out", type=Path, help="results file (JSON)")
 
