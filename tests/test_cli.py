@@ -21,6 +21,8 @@ from PIL import Image
 
 import lvlm_fastxai.checkpoint
 from lvlm_fastxai import cli, explainer
+from lvlm_fastxai.fastrm import FastRM
+from lvlm_fastxai.review import Policy, Queue
 from lvlm_fastxai.tiny.model import build_model, build_processor, save_checkpoint
 
 QUESTION = "what color is the circle?"
@@ -116,6 +118,56 @@ def test_wrong_options_are_told_before_a_model_is_loaded(run, picture, tmp_path,
     expect_one_line(run("explain", picture, QUESTION, "--model", tmp_path / "none", *options), message)
 
 
+def test_explain_under_a_policy(run, picture, tmp_path, checkpoint):
+    head = FastRM.from_pretrained("shipped")
+    fixed = {"features": "probability", "mean": (0.0,), "scale": (1.0,), "coefficients": (0.0,), "target": 0.9}
+    policies = {}
+    for name, intercept, fingerprint in (("accept", 9.0, head.fingerprint), ("review", 0.0, head.fingerprint)):
+        policies[name] = tmp_path / f"{name}.json"
+        Policy(
+            **fixed,
+            intercept=intercept,
+            threshold=0.9,
+            delta=0.05,
+            model_fingerprint=head.config.model_fingerprint,
+            head_fingerprint=fingerprint,
+        ).save(policies[name])
+    queue = tmp_path / "queue.db"
+    options = ("--max-new-tokens", 2, "--queue", queue, "--out", tmp_path / "out")
+    for name, method in (("accept", "fastrm"), ("review", "chefer"), ("review", "chefer")):
+        code, text, err = run("explain", picture, QUESTION, "--method", method, "--policy", policies[name], *options)
+        assert (code, err) == (0, "")
+        stored = json.loads((tmp_path / "out" / "explanation.json").read_text(encoding="utf-8"))
+        assert stored["decision"]["verdict"] == name and stored["method"] == method and 0 <= stored["entropy"] <= 1
+        assert f"--policy {policies[name]} --queue {queue}" in stored["command"]
+        assert name in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert f"review (item 1 of {queue})" in text
+    with Queue(queue) as opened:
+        (item,) = opened.items()  # the same answer twice is one item
+        assert item.question == QUESTION and item.answer == stored["answer"] and item.entropy == stored["entropy"]
+        assert np.allclose(opened.image_map(item.id), stored["image_maps"][0], rtol=1e-5)
+    # Of another model: refused before it answers.
+    other = ("--model", checkpoint, "--head", "shipped")
+    expect_one_line(
+        run("explain", picture, QUESTION, "--policy", policies["accept"], *options, *other), "trained for the shipped"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--queue", "queue.db"], "give --policy"),
+        (["--policy", "p.json", "--tokens", "content"], "leave --tokens out"),
+        (["--policy", "nowhere.json"], "nowhere.json"),
+        (["--method", "fastrm", "--model", "."], "give --head"),
+        (["--policy", "p.json", "--model", "."], "give --head"),
+        (["--head", "nowhere"], "holds no FastRM head"),
+    ],
+)
+def test_wrong_options_of_a_decision(run, picture, options, message):
+    expect_one_line(run("explain", picture, QUESTION, *options), message)
+
+
 def test_explain_as_json(run, checkpoint, picture, tmp_path):
     code, text, err = run(
         "explain", picture, QUESTION, "--model", checkpoint, "--max-new-tokens", 1, "--out", tmp_path, "--json",
@@ -151,7 +203,7 @@ def test_info(run):
     assert code == 0 and "reference" in text
 
 
-@pytest.mark.parametrize("command", ["explain", "estimate", "info", "evaluate"])
+@pytest.mark.parametrize("command", ["explain", "estimate", "info", "evaluate", "fastrm", "calibrate", "review"])
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main([command, "--help"])
