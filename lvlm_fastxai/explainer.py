@@ -37,6 +37,7 @@ from .explanation import (
     TokenWeight,
     UntouchedToken,
 )
+from .fastrm.fingerprint import model_name
 from .fastrm.head import FastRM
 from .fastrm.live import LiveMaps, LiveStep
 from .methods import METHODS, GlimpseOptions, check_options
@@ -243,7 +244,7 @@ class Explainer:
             backend=backend,
             seconds={"generate": generate_seconds, "explain": explain_seconds},
             peak_bytes=None if peak.bytes is None else peak.bytes + (recording.nbytes if recording else 0),
-            model_name=_model_name(self.model),
+            model_name=model_name(self.model),
             model_class=type(self.model).__name__,
             device=str(self.model.device),
             dtype=str(self.model.dtype).removeprefix("torch."),
@@ -750,15 +751,6 @@ def _fields(template: str) -> list[str]:
         return [f"{{{field}}}" for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
         raise ArgumentError(f"prompt_template: {error}") from None
-
-
-def _model_name(model: Any) -> str:
-    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
-    folder = Path(name)
-    if folder.is_dir():
-        shipped = folder.resolve() == (Path(__file__).parent / "tiny" / "weights").resolve()
-        return "tiny LVLM (shipped)" if shipped else folder.resolve().name
-    return name
 
 
 def _versions() -> dict[str, str]:

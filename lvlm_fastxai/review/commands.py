@@ -204,7 +204,7 @@ class _Live:
     def load(self) -> _Identity:
         if self._loaded is None:
             from ..checkpoint import load_checkpoint
-            from ..fastrm.fingerprint import fingerprint
+            from ..fastrm.fingerprint import fingerprint, model_name
             from ..fastrm.head import FastRM
 
             args = self._args
@@ -212,8 +212,7 @@ class _Live:
             model, processor, _ = load_checkpoint(args.model, args.device, args.dtype)
             head.check_model(model)
             self._loaded = model, processor, head
-            name = "the shipped LVLM" if args.model is None else args.model.resolve().name
-            self.identity = _Identity(name, fingerprint(model), head.fingerprint)
+            self.identity = _Identity(model_name(model), fingerprint(model), head.fingerprint)
         return self.identity
 
     def answers(self, spec: str) -> tuple[str, Iterator[LiveAnswer]]:
