@@ -66,7 +66,7 @@ def arguments_of(operator: str, launch: Launch) -> tuple[tuple[Any, ...], Any]:
     """The operator's arguments on the CPU, and key ranges.
 
     Raises:
-        NotImplementedError: this module does not know what the operator takes.
+        LookupError: this module does not know what the operator takes.
     """
     from lvlm_fastxai import ops
 
@@ -82,7 +82,7 @@ def arguments_of(operator: str, launch: Launch) -> tuple[tuple[Any, ...], Any]:
         return (query, key, value, output, grad_output, logsumexp, row), ranges
     if operator == "glimpse_statistics":
         return (query, key, value, grad_output, logsumexp), ranges
-    raise NotImplementedError(f"{operator}: say in benchmarks/gpu_launch.py what it takes")
+    raise LookupError(f"{operator}: say in benchmarks/gpu_launch.py what it takes")
 
 
 def attention(query: Any, key: Any, value: Any, ranges: Any) -> tuple[Any, Any]:

@@ -11,11 +11,12 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .console import add_model_arguments, number_or
 from .errors import ArgumentError, FastXAIError
 
 if TYPE_CHECKING:
@@ -181,12 +182,7 @@ class _Version(argparse.Action):
 def _add_question(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="picture file (PNG, JPEG, WebP, …)")
     parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
-    parser.add_argument(
-        "--model",
-        type=Path,
-        metavar="DIR",
-        help="folder of a transformers checkpoint (default: the small model that is shipped)",
-    )
+    add_model_arguments(parser, model="folder of a transformers checkpoint (default: the small model that is shipped)")
     parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
     parser.add_argument(
         "--memory",
@@ -197,7 +193,7 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--row-tolerance",
-        type=_number_or("auto"),
+        type=number_or("auto"),
         default=0.0,
         metavar="E",
         help="share of gradient and relevancy that may be left out at each layer, 0 to below 1; 'auto': as much as the "
@@ -236,7 +232,7 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     )
     glimpse.add_argument(
         "--depth-rate",
-        type=_number_or("scaled"),
+        type=number_or("scaled"),
         metavar="L",
         help="how much upper layers count for more; 'scaled': 12.8 over the number of layers (default: 0.2)",
     )
@@ -244,23 +240,6 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
         "--layers", metavar="all|top:F", help="take the share F of the layers only, from the top (default: all)"
     )
     parser.add_argument("--backend", choices=BACKENDS, help="kernel to use; default: the first that works here")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="weights and computation (default: as stored in the checkpoint)",
-    )
-
-
-def _number_or(word: str) -> Callable[[str], float | str]:
-    def parse(text: str) -> float | str:
-        try:
-            return text if text == word else float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected '{word}' or a number, got {text!r}") from None
-
-    return parse
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -278,7 +257,7 @@ def _explain(args: argparse.Namespace) -> int:
             policy.check(fingerprint(explainer.model), explainer.head.fingerprint)
         explanation = explainer(args.image, args.question, max_new_tokens=args.max_new_tokens, progress=progress)
     explanation.command = "lvlm-fastxai " + shlex.join(_own_arguments(args))
-    queued = None if policy is None else _decide(args, policy, explainer, explanation)
+    queued = None if policy is None else _decide(args, policy, explanation)
     paths = explanation.save(folder)
     if args.json:
         print(json.dumps({**explanation.to_dict(), "files": {name: str(path) for name, path in paths.items()}}))
@@ -324,36 +303,34 @@ def _policy(args: argparse.Namespace) -> Policy | None:
     return Policy.load(args.policy)
 
 
-def _decide(args: argparse.Namespace, policy: Policy, explainer: Explainer, explanation: Explanation) -> int | None:
+def _decide(args: argparse.Namespace, policy: Policy, explanation: Explanation) -> int | None:
     """Have the policy decide on the answer; the number of its item in the queue, if it went there."""
     from dataclasses import asdict
 
-    decision = policy.decide(explanation.entropy, explanation.confidence)
-    explanation.decision = asdict(decision)
-    if decision.accepted or args.queue is None:
+    if args.queue is None:
+        explanation.decision = asdict(policy.decide(explanation.entropy, explanation.confidence))
         return None
-    from .review.queue import Queue, Record
+    from .review.queue import Queue, Record, apply
 
     image = explanation.images[0]
+    record = Record(
+        picture=image.picture,
+        question=explanation.question,
+        answer=explanation.answer,
+        entropy=explanation.entropy,
+        probability=explanation.confidence,
+        image_map=explanation.image_map,
+        region=image.region,
+        model_name=explanation.model_name,
+        model_fingerprint=policy.model_fingerprint,
+        head_fingerprint=policy.head_fingerprint,
+        sample_id=str(args.image),
+        extra={"method": explanation.method},
+    )
     with Queue(args.queue) as queue:
-        item, _ = queue.append(
-            Record(
-                picture=image.picture,
-                question=explanation.question,
-                answer=explanation.answer,
-                entropy=explanation.entropy,
-                probability=explanation.confidence,
-                image_map=explanation.image_map,
-                region=image.region,
-                model_name=explanation.model_name,
-                model_fingerprint=policy.model_fingerprint,
-                head_fingerprint=policy.head_fingerprint,
-                sample_id=str(args.image),
-                extra={"method": explanation.method},
-            ),
-            decision,
-        )
-    return item
+        applied = apply(policy, queue, record)
+    explanation.decision = asdict(applied.decision)
+    return applied.item
 
 
 def _estimate(args: argparse.Namespace) -> int:

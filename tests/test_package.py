@@ -22,7 +22,7 @@ PACKAGE = ROOT / "lvlm_fastxai"
 
 # Floors of the house, lowest first: a room may import from floors below its own and from itself.
 FLOORS = (
-    ("errors", "_native"),
+    ("errors", "_native", "console"),
     ("weights",),
     ("tiny",),
     ("reference", "triton_kernels", "families", "picture"),

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..console import Bars, add_model_arguments, number_or, say
 from ..errors import ArgumentError
 from ..picture import one_line
 from .shards import (
@@ -360,20 +359,11 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
         "?count=N&seed=K&kinds=a,b (or &without=a,b)",
     )
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write; a run that was stopped goes on there")
-    add("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the shipped LVLM)")
-    add(
-        "--device", default="cpu", help="cpu, cuda, …; with several processes each takes its own (default: %(default)s)"
-    )
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="weights and computation (default: as stored in the checkpoint)",
-    )
+    add_model_arguments(parser)
     add("--method", choices=METHODS, default=METHODS[0], help="of the maps (default: %(default)s)")
     add(
         "--row-tolerance",
-        type=_tolerance,
+        type=number_or("auto"),
         default=0.0,
         metavar="E",
         help="0 for exact maps, up to below 1 or 'auto' for pruned ones (default: %(default)s)",
@@ -421,7 +411,7 @@ def run_build(args: argparse.Namespace) -> int:
             )
         device = str(state.device)
     model, processor, _ = load_checkpoint(args.model, device, args.dtype)
-    with _bar(len(source), state.is_main_process) as progress:
+    with Bars(unit="sample", shown=state.is_main_process, anywhere=True) as bars:
         built = build_maps(
             model,
             processor,
@@ -433,8 +423,8 @@ def run_build(args: argparse.Namespace) -> int:
             batch=args.batch,
             shard_size=args.shard_size,
             max_new_tokens=args.max_new_tokens,
-            progress=progress,
-            say=lambda message: print(message, file=sys.stderr),
+            progress=lambda done, total: bars("maps", done, total),
+            say=say,
         )
     if not state.is_main_process:
         return 0
@@ -447,31 +437,3 @@ def run_build(args: argparse.Namespace) -> int:
         f"{built.samples} samples in {built.shards} files: {args.out} ({done} of them in {built.seconds:.0f} s{rate})"
     )
     return 0
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Progress]:
-    """Samples done by all processes, with rate and remaining time, on stderr."""
-    from tqdm import tqdm
-
-    bar: Any = None
-
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            # What an earlier run has done must not count for the rate.
-            bar = tqdm(total=total, initial=done, desc="maps", unit="sample", file=sys.stderr, disable=not shown)
-        bar.update(done - bar.n)
-
-    try:
-        yield progress
-    finally:
-        if bar is not None:
-            bar.close()
-
-
-def _tolerance(text: str) -> float | str:
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected 'auto' or a number, got {text!r}") from None

@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..console import Bars, add_model_arguments, say
 from ..errors import ArgumentError
 from .build import add_build_arguments, build_maps, join_processes, run_build
 from .shards import INDEX, PATTERN, MapSet, open_maps, write_whole
@@ -83,10 +83,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="what a set of maps was built from, where it is no generated scenes; may be repeated",
     )
-    add("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the shipped LVLM)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, default="auto", help="default: as stored in the checkpoint")
+    add_model_arguments(parser)
     add("--json", action="store_true", help="print the result as JSON")
 
 
@@ -153,6 +150,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 def _run_train(args: argparse.Namespace) -> int:
     from dataclasses import fields
 
+    from .. import __version__
     from ..checkpoint import load_checkpoint
     from ..evaluate.answering import Answerer
     from ..explanation import prepare_directory
@@ -168,7 +166,7 @@ def _run_train(args: argparse.Namespace) -> int:
     sources = [open_source(spec) for spec in args.source]
     model, processor, _ = load_checkpoint(args.model, _device(args.device, state), args.dtype)
     own = fingerprint(model)
-    with _bars(state.is_main_process) as bars:
+    with Bars(shown=state.is_main_process, leave=False) as bars:
         folders = [_maps_of(spec, folder, sources, model, processor, bars) for spec in args.maps]
         items = _items(folders, sources, own)
         validation = _items([Path(spec) for spec in args.validation], sources, own) if args.validation else None
@@ -183,7 +181,7 @@ def _run_train(args: argparse.Namespace) -> int:
             model_name=model_name(model),
             model_fingerprint=own,
             trained_on=tuple(maps.source_spec for maps in items.maps),
-            version=_version(),
+            version=__version__,
         )
         log = _Log(args.log or folder / "log", state.is_main_process)
         trained = train_head(
@@ -235,7 +233,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
         title = title or Path(path).name
         if title in result:
             raise ArgumentError(f"maps: two sets are called {title!r}; name one with NAME=FOLDER")
-        with _bars(True) as bars:
+        with Bars(leave=False) as bars:
             found = evaluate_head(
                 head,
                 Answerer(model, processor),
@@ -251,9 +249,9 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     if draw(result, folder / "fastrm.png"):
         written.append("fastrm.png")
     else:
-        _say("no plot: matplotlib is not installed (pip install matplotlib)")
+        say("no plot: matplotlib is not installed (pip install matplotlib)")
     print(json.dumps(result) if args.json else text)
-    _say(f"written to {folder}: {', '.join(written)}")
+    say(f"written to {folder}: {', '.join(written)}")
     return 0
 
 
@@ -296,16 +294,6 @@ def _device(device: str, state: Any) -> str:
     return str(state.device) if state.num_processes > 1 and device != "cpu" else device
 
 
-def _version() -> str:
-    from .. import __version__
-
-    return __version__
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)
-
-
 class _Log:
     """TensorBoard, where it is installed, and a line per epoch on stderr, from the first process."""
 
@@ -316,7 +304,7 @@ class _Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            _say("no TensorBoard logs: pip install 'lvlm_fastxai[fastrm]'")
+            say("no TensorBoard logs: pip install 'lvlm_fastxai[fastrm]'")
             return
         self._writer = SummaryWriter(str(folder))
 
@@ -331,28 +319,3 @@ class _Log:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-
-
-@contextmanager
-def _bars(is_main: bool) -> Iterator[Any]:
-    """A progress bar on stderr for each stage, with rate and remaining time; ``bars(stage, done, total)``."""
-    from tqdm import tqdm
-
-    bar: Any = None
-    now = ""
-
-    def show(stage: str, done: int, total: int) -> None:
-        nonlocal bar, now
-        if not is_main:
-            return
-        if bar is None or stage != now:
-            if bar is not None:
-                bar.close()
-            bar, now = tqdm(total=total, desc=stage, file=sys.stderr, disable=None, leave=False), stage
-        bar.update(done - bar.n)
-
-    try:
-        yield show
-    finally:
-        if bar is not None:
-            bar.close()

@@ -22,8 +22,8 @@ from ..tiny import scenes
 
 SPLITS = {"train": scenes.TRAIN_SEEDS, "validation": scenes.VALIDATION_SEEDS, "held-out": scenes.HELD_OUT_SEEDS}
 SCENES_PER_SEED = 1_000_000
-# Scenes that a group of questions, one of each kind, has for itself. The rarest kind (comparison) fits 58 % of the
-# scenes, so 1 group in 10⁶ looks for it in the scenes of the next.
+# Scenes that a group of questions, one of each kind, has for itself. The rarest kind (comparison) fits more than every
+# other scene, so that hardly ever a group looks for it in the scenes of the next.
 SCENES_PER_GROUP = 16
 
 

@@ -314,7 +314,7 @@ def _count(head: FastRM, cache: StateCache, config: FastRMConfig, size: int, dev
         bins = (values[batch.real] * BINS).long().clamp(max=BINS - 1)
         for target in (0, 1):
             counts[target] += torch.bincount(bins[batch.target[batch.real] == target].cpu(), minlength=BINS)
-    return counts.to(device if torch.device(device).type != "mps" else "cpu")
+    return counts.to(device)
 
 
 def _best_threshold(counts: Tensor) -> tuple[float, float]:

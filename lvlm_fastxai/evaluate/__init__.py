@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..console import Bars, say
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation, Settings, evaluate
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         f"descriptions of {settings.descriptions}; deletion and insertion for {settings.curves} and "
         f"{settings.curves // 2} right answers"
     )
-    with _Bar() as bar:
+    with Bars(unit="question", announce=True) as bar:
         evaluation = evaluate(model, processor, settings, progress=bar)
     import transformers
 
@@ -133,37 +134,3 @@ def command(settings: Settings, model: Path | None) -> str:
         *(("--fill", settings.fill) if settings.fill != "mean" else ()),
     ]
     return " ".join(["lvlm-fastxai evaluate", *map(str, options)])
-
-
-def say(message: str) -> None:
-    """A line on stderr: stdout belongs to the result."""
-    print(message, file=sys.stderr)
-
-
-class _Bar:
-    """One progress bar on stderr per stage; one line per stage where stderr is no terminal."""
-
-    def __init__(self) -> None:
-        self._stage = ""
-        self._bar: Any = None
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if stage != self._stage:
-            self._close()
-            if not sys.stderr.isatty():
-                say(f"{stage}: {total}")
-            self._stage = stage
-            self._bar = tqdm(total=total, desc=stage, unit="question", file=sys.stderr, disable=None)
-        self._bar.update(done - self._bar.n)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -269,7 +269,7 @@ class LiveMaps:
         if self._folded is None or self._folded.bias.device != device:
             self._folded = self.head.fold()
         # Between two passes of the model the caches hold nothing of this, and each of torch's calls, however small,
-        # takes long: ten fewer took live maps from 3.3 % of decode time to 2.7 % (benchmarks fastrm live).
+        # takes long: a dozen fewer took live maps from 3.3 % of decode time to 2.7 % (benchmarks fastrm live).
         prediction = self.head.predict(self._states, self._state, lengths=self._lengths, folded=self._folded)
         tokens = value.reshape(-1)
         logits, on_device = self._logits.float(), tokens.to(self._logits.device)

@@ -98,10 +98,15 @@ def write_overlays(explanation: Explanation, folder: Path) -> dict[str, Path]:
     return {"answer": folder / "answer.png", "tokens": token_folder}
 
 
+def theme() -> str:
+    """CSS that every page begins with."""
+    return files(__package__).joinpath("templates").joinpath("theme.css").read_text(encoding="utf-8")
+
+
 def render_html(explanation: Explanation) -> str:
     """The whole report as one HTML document that needs no other file and no network."""
     folder = files(__package__).joinpath("templates")
-    style = folder.joinpath("report.css").read_text(encoding="utf-8")
+    style = theme() + folder.joinpath("report.css").read_text(encoding="utf-8")
     script = folder.joinpath("report.js").read_text(encoding="utf-8")
     words = _question_words(explanation)
     seconds = _seconds(sum(explanation.seconds.values()))

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..console import add_model_arguments, say
 from ..errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -146,8 +147,8 @@ def run_calibrate(args: argparse.Namespace) -> int:
     else:
         print(_report(calibration))
     for note in notes:
-        _say(f"note: {note}")
-    _say(f"written: {written}")
+        say(f"note: {note}")
+    say(f"written: {written}")
     return 0
 
 
@@ -181,11 +182,8 @@ class _Labelled:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model, where answers are generated now")
     add = group.add_argument
-    add("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the shipped LVLM)")
+    add_model_arguments(group)
     add("--head", default="shipped", metavar="DIR", help="FastRM head of that model (default: the shipped one)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: %(default)s)")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, default="auto", help="default: as stored in the checkpoint")
     add("--batch", type=int, default=16, metavar="N", help="questions answered at once (default: %(default)s)")
     add("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default: %(default)s)")
 
@@ -473,8 +471,3 @@ def _accepted(part: Mapping[str, Any]) -> str:
         f"the policy accepts {part['accepted']} ({part['coverage']:.1%}), {part['precision']:.1%} of them right "
         f"(bound {part['precision_bound']:.1%})"
     )
-
-
-def _say(message: str) -> None:
-    """A line on stderr: stdout belongs to the result."""
-    print(message, file=sys.stderr)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..distill.shards import write_whole
 from ..errors import ArgumentError, ModelMismatchError
 
 __all__ = ["FEATURES", "SCHEMA", "Decision", "Policy", "feature_matrix"]
@@ -171,10 +171,8 @@ class Policy:
         """
         path = Path(path)
         text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
+            write_whole(path, text.encode())
         except OSError as error:
             raise ArgumentError(f"policy: cannot write '{path}': {error.strerror or error}") from error
 

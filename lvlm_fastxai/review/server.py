@@ -31,6 +31,7 @@ from PIL import Image, ImageOps
 
 from ..errors import ArgumentError
 from ..picture import load_picture
+from ..report import theme
 from ..report.colormap import OPACITY_FLOOR, colours, resample
 from .policy import Decision
 from .queue import VERDICTS, Queue, Record, Shown, StaleDecisionError
@@ -92,6 +93,7 @@ def create_app(
     known = frozenset(name.lower() for name in ("localhost", *names))
     page = files(__package__).joinpath("pages")
     contents = {name: page.joinpath(name).read_bytes() for name in PAGES}
+    contents["review.css"] = theme().encode() + contents["review.css"]
     index = page.joinpath("index.html").read_text(encoding="utf-8").replace("{{token}}", token)
     app = flask.Flask(__name__, static_folder=None, template_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = BODY_MOST

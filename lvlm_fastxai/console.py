@@ -1,0 +1,99 @@
+"""What the commands share: options that name a model, progress bars, and lines on stderr. Loads nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def add_model_arguments(parser: Any, *, model: str = "checkpoint folder (default: the shipped LVLM)") -> None:
+    """Declare ``--model``, ``--device`` and ``--dtype``, the arguments of `lvlm_fastxai.checkpoint.load_checkpoint`.
+
+    Args:
+        parser: argparse's, or a group of one.
+        model: help of ``--model``.
+    """
+    parser.add_argument("--model", type=Path, metavar="DIR", help=model)
+    device = "cpu, cuda, cuda:1, …; with several processes 'cuda', each takes its own (default: %(default)s)"
+    parser.add_argument("--device", default="cpu", help=device)
+    dtype = "weights and computation (default: as stored in the checkpoint)"
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help=dtype)
+
+
+def number_or(word: str) -> Callable[[str], float | str]:
+    """A type for argparse: a number, or this word."""
+
+    def parse(text: str) -> float | str:
+        try:
+            return text if text == word else float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected '{word}' or a number, got {text!r}") from None
+
+    return parse
+
+
+def say(message: str) -> None:
+    """A line on stderr: stdout belongs to the result."""
+    print(message, file=sys.stderr)
+
+
+class Bars:
+    """A progress bar on stderr for each stage, with rate and remaining time: ``bars(stage, done, total)``.
+
+    What is done when a stage begins does not count for its rate. A context manager.
+
+    Args:
+        unit: of what is counted.
+        shown: False for the processes that others speak for.
+        leave: whether a stage's bar stays when it is over.
+        anywhere: also where stderr is no terminal, such as the log of a job that runs for days.
+        announce: a line per stage where stderr is no terminal.
+    """
+
+    def __init__(
+        self,
+        *,
+        unit: str = "it",
+        shown: bool = True,
+        leave: bool = True,
+        anywhere: bool = False,
+        announce: bool = False,
+    ) -> None:
+        self._unit, self._shown, self._leave, self._announce = unit, shown, leave, announce
+        self._disable = False if anywhere else None  # None: tqdm looks for a terminal itself
+        self._stage = ""
+        self._bar: Any = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if not self._shown:
+            return
+        if self._bar is None or stage != self._stage:
+            from tqdm import tqdm
+
+            self.__exit__()
+            if self._announce and not sys.stderr.isatty():
+                say(f"{stage}: {total}")
+            self._stage = stage
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                desc=stage,
+                unit=self._unit,
+                file=sys.stderr,
+                disable=self._disable,
+                leave=self._leave,
+            )
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
