@@ -2,7 +2,7 @@
 
 The three take turns in one process; ratios are taken within a round, medians over the rounds. Shapes are those of
 decoders, whole and with the rows that a pruned sweep keeps. The largest ratio of this machine's backend is its entry in
-`lvlm_fastxai.attention.FUSED_RATIO`; a GPU's is measured by `python -m benchmarks gpu`.
+`lvlm_fastxai.sweep.attention.FUSED_RATIO`; a GPU's is measured by `python -m benchmarks gpu`.
 
 Prediction, written before the first run: five matrix products in the place of seven, and the exponentials once, so 0.7
 where torch's backward is as fast as its own matrix products, and less for rows in an irregular order, for which it is

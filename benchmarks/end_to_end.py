@@ -8,7 +8,7 @@ Two eager baselines: with frozen parameters, the best it can be, and as publishe
 Random weights have no concentrated gradients, so ``pruned`` (ε = 0.1) keeps most rows of them. ``pruned_5_percent``
 forces the share of rows that real weights need (docs/pruned-sweep.md: 1 to 6 %), an assumption about the model, not a
 measurement: it shows what such a sweep costs, and its map means nothing. ``…_fused`` takes
-`attention_backward_relevancy` for every layer, whatever `lvlm_fastxai.attention.FUSED_RATIO` knows of the backend.
+`attention_backward_relevancy` for every layer, whatever `sweep.attention.FUSED_RATIO` knows of the backend.
 ``glimpse…`` is that method in the place of chefer.
 
 Predictions, written before the first run (decoder 8 x 1024, 16 heads, S = 704, fp32, one target): a layer's matrix
@@ -132,8 +132,8 @@ def forced_rows(share: float) -> contextlib.AbstractContextManager[None]:
     """The pruned sweep keeps this share of every layer's rows, those of the largest gradients, whatever they hold."""
     import torch
 
-    from lvlm_fastxai import sweep
-    from lvlm_fastxai.pruning import Selection
+    from lvlm_fastxai.sweep import descent as sweep
+    from lvlm_fastxai.sweep.pruning import Selection
 
     select_rows = sweep.select_rows
 
@@ -148,7 +148,8 @@ def forced_rows(share: float) -> contextlib.AbstractContextManager[None]:
 
 def forced_fused() -> contextlib.AbstractContextManager[None]:
     """Every layer's backward is the fused one, whatever has been measured."""
-    from lvlm_fastxai import attention, ops
+    from lvlm_fastxai import ops
+    from lvlm_fastxai.sweep import attention
 
     return replaced(attention, "FUSED_RATIO", dict.fromkeys(ops.BACKENDS, 0.0))
 

@@ -94,7 +94,7 @@ def build_llava(dtype: str = "float32") -> Any:
 def new_head(model: Any) -> Any:
     """An untrained head for the model, of the shape that ships."""
     from lvlm_fastxai.fastrm import FastRM, FastRMConfig
-    from lvlm_fastxai.fastrm.fingerprint import fingerprint
+    from lvlm_fastxai.models.fingerprint import fingerprint
 
     shipped = FastRM.from_pretrained("shipped").config
     width = model.config.get_text_config().hidden_size
@@ -282,11 +282,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 def ablation(args: argparse.Namespace) -> dict[str, Any]:
     import lvlm_fastxai as fx
-    from lvlm_fastxai.distill.shards import open_maps
-    from lvlm_fastxai.distill.states import Items
-    from lvlm_fastxai.distill.train import StateCache, TrainSettings, train_head
-    from lvlm_fastxai.evaluate.answering import Answerer
     from lvlm_fastxai.fastrm import FastRMConfig
+    from lvlm_fastxai.fastrm.shards import open_maps
+    from lvlm_fastxai.fastrm.states import Items
+    from lvlm_fastxai.fastrm.train import StateCache, TrainSettings, train_head
+    from lvlm_fastxai.prompting.answering import Answerer
 
     if args.maps is None or args.validation is None:
         sys.exit("ablation: give --maps and --validation, folders of `lvlm-fastxai fastrm build-maps`")
@@ -332,8 +332,8 @@ def ablation(args: argparse.Namespace) -> dict[str, Any]:
 def ceiling(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from lvlm_fastxai.distill.shards import open_maps
-    from lvlm_fastxai.distill.train import binary_target
+    from lvlm_fastxai.fastrm.shards import open_maps
+    from lvlm_fastxai.fastrm.train import binary_target
 
     if args.maps is None or args.other is None:
         sys.exit("ceiling: give --maps and --other, folders of build-maps with one source and two dtypes")

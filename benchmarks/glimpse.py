@@ -51,7 +51,7 @@ TOGETHER = 16
 def explain(variant: str, model: Any, inputs: Any, targets: Any, memory: str = "fast") -> Callable[[], object]:
     """The whole call."""
     import lvlm_fastxai as fx
-    from lvlm_fastxai.relevancy import explain_rows
+    from lvlm_fastxai.explain.relevancy_rows import explain_rows
 
     method, options, compare = VARIANTS[variant]
     chosen = fx.GlimpseOptions(**options) if method == "glimpse" else None
@@ -64,8 +64,8 @@ def sweep_seconds(variant: str, model: Any, inputs: Any, targets: Any, device: s
     """Of the sweep alone."""
     import lvlm_fastxai as fx
     from lvlm_fastxai import methods
-    from lvlm_fastxai.sweep import Sweep
-    from lvlm_fastxai.targets import check_targets
+    from lvlm_fastxai.sweep.descent import Sweep
+    from lvlm_fastxai.sweep.targets import check_targets
 
     method, options, compare = VARIANTS[variant]
     checked = check_targets(targets, inputs, None)

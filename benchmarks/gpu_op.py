@@ -13,7 +13,7 @@ every entry, visible or not: 6·S²·d·H/2.
 
 ``ratio`` is fused backward / (library's backward + relevancy_product), each by its fastest backend; the largest of one
 backend's ``ratios`` over the cases of one target, which is what a sweep calls, is its entry in
-`lvlm_fastxai.attention.FUSED_RATIO`.
+`lvlm_fastxai.sweep.attention.FUSED_RATIO`.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def flash_backward(query: Any, key: Any, value: Any, grad_output: Any, key_range
     """The attention's output, and a call that runs the library's backward once for each target."""
     import torch
 
-    from lvlm_fastxai.attention import FlashAttention, plan_attention
+    from lvlm_fastxai.sweep.attention import FlashAttention, plan_attention
 
     leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
     plan = plan_attention(key_ranges, keep_biases=False)

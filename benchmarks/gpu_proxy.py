@@ -143,9 +143,9 @@ def live_maps(case: end_to_end.Case, image_columns: int, device: str, rounds: in
     """Seconds of a decode step without and with live maps, and what they add, as a share of it."""
     import torch
 
-    from lvlm_fastxai.fastrm.fingerprint import fingerprint
     from lvlm_fastxai.fastrm.head import FastRM, FastRMConfig
     from lvlm_fastxai.fastrm.live import LiveMaps
+    from lvlm_fastxai.models.fingerprint import fingerprint
 
     torch.manual_seed(0)
     model = end_to_end.build_model(case, device)

@@ -93,8 +93,8 @@ class Descents:
 def opened(model: Any, case: Case, method_name: str = "chefer") -> Iterator[Descents]:
     """The case's forward, for any number of descents."""
     from lvlm_fastxai import methods
-    from lvlm_fastxai.sweep import Sweep
-    from lvlm_fastxai.targets import check_targets
+    from lvlm_fastxai.sweep.descent import Sweep
+    from lvlm_fastxai.sweep.targets import check_targets
 
     method = methods.find(method_name)(check_targets(case.targets, dict(case.inputs), None), case.inputs)
     # Any tolerance but 0: the layers' graphs are then not kept, which is how a pruned sweep runs.
@@ -342,7 +342,7 @@ def rows_for_error(descents: Descents, number: int, exact: Tensor, lost: Point, 
     """Share of the rows at which the pruned row's error is that of ``lost``, between the tolerances around it."""
     import numpy
 
-    from lvlm_fastxai import pruning
+    from lvlm_fastxai.sweep import pruning
 
     before = pruning.RELEVANCY_WEIGHT
     pruning.RELEVANCY_WEIGHT = weight
@@ -584,8 +584,8 @@ def clock(dense: Dense, descents: Descents, number: int, args: argparse.Namespac
 def time_answer(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All tokens of an answer in one call: the exact sweep, whose targets share a forward, against the pruned one with
     a forward of its own and from what `generate()` computed, which is how `Explainer` runs it."""
-    from lvlm_fastxai.recording import Recorder
-    from lvlm_fastxai.relevancy import explain_rows
+    from lvlm_fastxai.explain.relevancy_rows import explain_rows
+    from lvlm_fastxai.sweep.recording import Recorder
 
     from . import pruned_cases as cases
 

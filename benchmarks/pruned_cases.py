@@ -157,8 +157,8 @@ class Picture:
 
 def pictures(model: Any, processor: Any, stream: Iterator[tuple[Any, Any]]) -> Iterator[Picture]:
     """Pictures whose question rests on visible evidence and gets an answer, out of (picture, question) pairs."""
-    from lvlm_fastxai.evaluate.answering import Answerer
     from lvlm_fastxai.evaluate.maps import image_layouts
+    from lvlm_fastxai.prompting.answering import Answerer
 
     answerer = Answerer(model, processor)
     for image, question in stream:

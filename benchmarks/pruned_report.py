@@ -32,7 +32,7 @@ KINDS = {"answer": "answer to a question", "prose": "prose, next token", "code":
 
 def estimate(point: Point) -> float:
     """The error estimate, with the constants that the library holds now."""
-    from lvlm_fastxai import pruning
+    from lvlm_fastxai.sweep import pruning
 
     return pruning.MISSING_FACTOR * point["missing"] + pruning.DROPPED_FACTOR * point["dropped"]
 
@@ -216,7 +216,7 @@ def automatic(ordered: Mapping[float, Sequence[Point]]) -> list[Point] | None:
     """What "auto" would take of each target in a 16-bit model; None where its tolerances were not measured."""
     import torch
 
-    from lvlm_fastxai import pruning
+    from lvlm_fastxai.sweep import pruning
 
     if not set(pruning.AUTO_TOLERANCES) <= set(ordered):
         return None
@@ -299,7 +299,7 @@ def is_at(tolerance: float, point: Point) -> bool:
 def target_tables(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     import torch
 
-    from lvlm_fastxai import pruning
+    from lvlm_fastxai.sweep import pruning
 
     targets = by_target(as_points(results))
     limit = pruning.ROUNDING_ERROR[torch.bfloat16]

@@ -10,30 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import families, ops
-    from .aggregation import Aggregate, Aggregator, aggregate
-    from .explainer import Explainer
-    from .explanation import Explanation
+    from .explain.aggregation import Aggregate, Aggregator, aggregate
+    from .explain.explainer import Explainer
+    from .explain.explanation import Explanation
+    from .explain.relevancy_rows import relevancy_rows
     from .fastrm.head import FastRM, FastRMConfig
     from .fastrm.live import LiveMaps
     from .methods import GlimpseOptions
     from .ops import use_backend
-    from .relevancy import relevancy_rows
     from .tiny import load_tiny_lvlm
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Aggregate": ".aggregation",
-    "Aggregator": ".aggregation",
-    "Explainer": ".explainer",
-    "Explanation": ".explanation",
+    "Aggregate": ".explain.aggregation",
+    "Aggregator": ".explain.aggregation",
+    "Explainer": ".explain.explainer",
+    "Explanation": ".explain.explanation",
     "FastRM": ".fastrm.head",
     "FastRMConfig": ".fastrm.head",
     "GlimpseOptions": ".methods",
     "LiveMaps": ".fastrm.live",
-    "aggregate": ".aggregation",
+    "aggregate": ".explain.aggregation",
     "load_tiny_lvlm": ".tiny",
-    "relevancy_rows": ".relevancy",
+    "relevancy_rows": ".explain.relevancy_rows",
     "use_backend": ".ops",
 }
 _MODULES = ("families", "ops")

@@ -20,8 +20,8 @@ from .console import add_model_arguments, number_or
 from .errors import ArgumentError, FastXAIError
 
 if TYPE_CHECKING:
-    from .explainer import Explainer
-    from .explanation import Explanation
+    from .explain.explainer import Explainer
+    from .explain.explanation import Explanation
     from .methods import GlimpseOptions
     from .review.policy import Policy
 
@@ -157,7 +157,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         evaluation.add_arguments(evaluate)
         evaluate.set_defaults(run=evaluation.run)
     elif chosen == "fastrm":
-        from .distill import commands as distillation
+        from .fastrm import commands as distillation
 
         distillation.add_arguments(fastrm)
         fastrm.set_defaults(run=distillation.run)
@@ -243,7 +243,7 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from .explanation import prepare_directory
+    from .explain.explanation import prepare_directory
 
     folder = prepare_directory(args.out)
     _check_question(args)
@@ -251,7 +251,7 @@ def _explain(args: argparse.Namespace) -> int:
     with _stages() as progress, _backend(args.backend):
         explainer = _explainer(args)
         if policy is not None:
-            from .fastrm.fingerprint import fingerprint
+            from .models.fingerprint import fingerprint
 
             assert explainer.head is not None
             policy.check(fingerprint(explainer.model), explainer.head.fingerprint)
@@ -366,9 +366,9 @@ def _check_question(args: argparse.Namespace) -> None:
         raise ArgumentError("question: expected some text, got an empty question")
     if args.max_new_tokens < 1:
         raise ArgumentError(f"--max-new-tokens: expected at least 1, got {args.max_new_tokens}")
-    from .picture import load_picture
-    from .relevancy import check_row_tolerance
-    from .token_choice import check_tokens
+    from .explain.relevancy_rows import check_row_tolerance
+    from .explain.token_choice import check_tokens
+    from .prompting.pictures import load_picture
 
     load_picture(args.image)
     check_row_tolerance(args.row_tolerance)
@@ -436,9 +436,9 @@ def _backend(name: str | None) -> Iterator[None]:
 
 
 def _explainer(args: argparse.Namespace) -> Explainer:
-    from .checkpoint import load_checkpoint
-    from .explainer import Explainer
+    from .explain.explainer import Explainer
     from .fastrm.head import FastRM
+    from .models.checkpoint import load_checkpoint
 
     folder = _head(args)
     head = None if folder is None else FastRM.from_pretrained(folder)

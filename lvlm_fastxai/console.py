@@ -12,7 +12,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_model_arguments(parser: Any, *, model: str = "checkpoint folder (default: the shipped LVLM)") -> None:
-    """Declare ``--model``, ``--device`` and ``--dtype``, the arguments of `lvlm_fastxai.checkpoint.load_checkpoint`.
+    """Declare ``--model``, ``--device`` and ``--dtype``, the arguments of `models.checkpoint.load_checkpoint`.
 
     Args:
         parser: argparse's, or a group of one.

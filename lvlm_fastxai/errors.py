@@ -39,3 +39,9 @@ class UnsupportedModelError(FastXAIError, TypeError):
 
 class UnknownFamilyError(FastXAIError, LookupError):
     """The model family's image grid is not known; the message names the missing data and where to add it."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import BACKENDS
+from support.cases import BACKENDS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

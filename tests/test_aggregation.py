@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import lvlm_fastxai as fx
-from lvlm_fastxai.aggregation import WEIGHTINGS
 from lvlm_fastxai.errors import ArgumentError
-from lvlm_fastxai.token_choice import FUNCTION_WORDS, check_tokens, choose_tokens, content_tokens
+from lvlm_fastxai.explain.aggregation import WEIGHTINGS
+from lvlm_fastxai.explain.token_choice import FUNCTION_WORDS, check_tokens, choose_tokens, content_tokens
 
 IMAGE, PROMPT = [1, 2, 3], [5, 6]
 

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from models import build
 from PIL import Image
+from support.models import build
 
-import lvlm_fastxai.checkpoint
-from lvlm_fastxai import cli, explainer
+import lvlm_fastxai.models.checkpoint
+from lvlm_fastxai import cli
+from lvlm_fastxai.explain import explainer
 from lvlm_fastxai.fastrm import FastRM
 from lvlm_fastxai.review import Policy, Queue
 from lvlm_fastxai.tiny.model import build_model, build_processor, save_checkpoint
@@ -261,7 +262,9 @@ def test_absent_backend(run, checkpoint, picture, tmp_path, command, monkeypatch
 
 @pytest.mark.parametrize("below", ["", "sub"])
 def test_output_folder_is_tried_before_anything_is_computed(run, checkpoint, picture, tmp_path, monkeypatch, below):
-    monkeypatch.setattr(lvlm_fastxai.checkpoint, "load_checkpoint", lambda *unused: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        lvlm_fastxai.models.checkpoint, "load_checkpoint", lambda *unused: pytest.fail("the model was loaded")
+    )
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / below
     expect_one_line(run("explain", picture, QUESTION, "--model", checkpoint, "--out", out), "output folder")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, Case, as_view, logsumexp, make_case, relative_error
+from support.cases import DTYPES, LAYOUTS, Case, as_view, logsumexp, make_case, relative_error
 from test_build import compiler, run
 from torch import Tensor
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import native
+from support.cases import native
 
 from lvlm_fastxai import _native, info, ops
 from lvlm_fastxai.errors import BackendUnavailableError

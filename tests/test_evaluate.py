@@ -18,10 +18,8 @@ from transformers import LlavaForConditionalGeneration
 
 from lvlm_fastxai import evaluate as command
 from lvlm_fastxai import families
-from lvlm_fastxai.aggregation import aggregate
 from lvlm_fastxai.errors import ArgumentError, FastXAIError
 from lvlm_fastxai.evaluate import curves, evaluation, maps, output, plot
-from lvlm_fastxai.evaluate.answering import Answerer
 from lvlm_fastxai.evaluate.bootstrap import ClusterBootstrap
 from lvlm_fastxai.evaluate.cases import Case, held_out_cases, held_out_descriptions
 from lvlm_fastxai.evaluate.metrics import (
@@ -35,9 +33,11 @@ from lvlm_fastxai.evaluate.metrics import (
     pointing_game,
 )
 from lvlm_fastxai.evaluate.scores import ScoreTable, map_scores
-from lvlm_fastxai.explainer import Explainer
+from lvlm_fastxai.explain.aggregation import aggregate
+from lvlm_fastxai.explain.explainer import Explainer
+from lvlm_fastxai.explain.relevancy_rows import explain_rows
 from lvlm_fastxai.methods import GlimpseOptions
-from lvlm_fastxai.relevancy import explain_rows
+from lvlm_fastxai.prompting.answering import Answerer
 from lvlm_fastxai.tiny import scenes
 from lvlm_fastxai.tiny.model import build_model, build_processor, chat, save_checkpoint
 

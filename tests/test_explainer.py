@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import ANSWER, IMAGE, SEQUENCE_KEYS, VIDEO, VISION_NAMES, build
 from PIL import Image
+from support.models import ANSWER, IMAGE, SEQUENCE_KEYS, VIDEO, VISION_NAMES, build
 from torch.utils.flop_counter import FlopCounterMode
 
 from lvlm_fastxai import Explainer, families, relevancy_rows
-from lvlm_fastxai.cost import estimate_cost
 from lvlm_fastxai.errors import ArgumentError, BackendUnavailableError, FastXAIError, UnsupportedModelError
+from lvlm_fastxai.explain.cost import estimate_cost
 from lvlm_fastxai.ops import use_backend
 from lvlm_fastxai.tiny.model import build_model, build_processor
 

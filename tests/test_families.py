@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import models
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import models
 
 from lvlm_fastxai import families
 from lvlm_fastxai.errors import ArgumentError, UnknownFamilyError

@@ -14,20 +14,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import ANSWER, IMAGE, SEQUENCE_KEYS, VIDEO, VISION_NAMES, Inputs, join, make_model, make_sample, picture
+from support.models import (
+    ANSWER,
+    IMAGE,
+    SEQUENCE_KEYS,
+    VIDEO,
+    VISION_NAMES,
+    Inputs,
+    join,
+    make_model,
+    make_sample,
+    picture,
+)
 from test_oracles import NoSquare
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from lvlm_fastxai import Explainer, cli, families
-from lvlm_fastxai.checkpoint import load_checkpoint
 from lvlm_fastxai.errors import ArgumentError, ModelMismatchError
-from lvlm_fastxai.evaluate.answering import Answerer
 from lvlm_fastxai.fastrm import FastRM, FastRMConfig, LiveMaps, LiveStep, stream
-from lvlm_fastxai.fastrm.fingerprint import fingerprint
 from lvlm_fastxai.fastrm.head import min_max
 from lvlm_fastxai.methods import GlimpseOptions
-from lvlm_fastxai.sweep import find_decoder_layers
+from lvlm_fastxai.models.checkpoint import load_checkpoint
+from lvlm_fastxai.models.decoder import find_decoder_layers
+from lvlm_fastxai.models.fingerprint import fingerprint
+from lvlm_fastxai.prompting.answering import Answerer
 from lvlm_fastxai.tiny.model import build_model, build_processor, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")

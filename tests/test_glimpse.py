@@ -8,21 +8,20 @@ import json
 import math
 from typing import Any
 
-import models
-import oracle
 import pytest
 import torch
-from oracle import Target
+from support import models, oracle
+from support.oracle import Target
 from test_oracles import MEMORY, cast, errors, some_targets
 from torch import Tensor
 
 import lvlm_fastxai as fx
 from lvlm_fastxai.errors import ArgumentError, UnsupportedModelError
+from lvlm_fastxai.explain.relevancy_rows import explain_rows
 from lvlm_fastxai.methods import Glimpse
-from lvlm_fastxai.relevancy import explain_rows
-from lvlm_fastxai.sharding import Ranks
-from lvlm_fastxai.sweep import Sweep
-from lvlm_fastxai.targets import check_targets
+from lvlm_fastxai.sweep.descent import Sweep
+from lvlm_fastxai.sweep.sharding import Ranks
+from lvlm_fastxai.sweep.targets import check_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -286,7 +285,7 @@ def test_wrong_options_are_named(options: dict[str, Any], name: str) -> None:
 
 def test_heads_on_different_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs, targets = deep(2)
-    monkeypatch.setattr("lvlm_fastxai.sweep.find_ranks", lambda *model: Ranks(2, object()))
+    monkeypatch.setattr("lvlm_fastxai.sweep.descent.find_ranks", lambda *model: Ranks(2, object()))
     with pytest.raises(UnsupportedModelError, match="heads on different ranks"):
         fx.relevancy_rows(model, inputs, targets, method="glimpse")
 

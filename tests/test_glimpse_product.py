@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, Case, device_of, make_case
+from support.cases import DTYPES, Case, device_of, make_case
 from torch import Tensor
 
 import lvlm_fastxai as fx

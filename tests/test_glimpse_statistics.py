@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
+from support.cases import (
     BACKENDS,
     DTYPES,
     INTERPRETED,

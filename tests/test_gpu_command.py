@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from benchmarks import end_to_end, gpu, gpu_end_to_end, gpu_launch, gpu_op, gpu_proxy, machine
-from lvlm_fastxai import ops, sweep
-from lvlm_fastxai.relevancy import explain_rows
+from lvlm_fastxai import ops
+from lvlm_fastxai.explain.relevancy_rows import explain_rows
+from lvlm_fastxai.sweep import descent as sweep
 
 ROOT = Path(__file__).parent.parent
 GPU_STEPS = {"build", "tests", "memcheck", "racecheck", "ncu"}

@@ -7,18 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import models
-import oracle
 import pytest
 import torch
+from support import models, oracle
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lvlm_fastxai as fx
-from lvlm_fastxai.sweep import Sweep
-from lvlm_fastxai.targets import check_targets
+from lvlm_fastxai.sweep.descent import Sweep
+from lvlm_fastxai.sweep.targets import check_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

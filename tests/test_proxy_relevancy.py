@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKENDS, DTYPES, INTERPRETED, device_of, native, with_gaps
+from support.cases import BACKENDS, DTYPES, INTERPRETED, device_of, native, with_gaps
 from torch import Tensor, nn
 
 import lvlm_fastxai as fx

@@ -15,10 +15,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import models
-import oracle
 import pytest
 import torch
+from support import models, oracle
 from test_oracles import (
     LENGTH,
     MEMORY,
@@ -33,12 +32,13 @@ from test_sweep import Stop, assert_same, fingerprint, in_two_threads, put_to_us
 from torch import Tensor, nn
 
 import lvlm_fastxai as fx
-from lvlm_fastxai import attention, pruning, sweep
+from lvlm_fastxai.explain.relevancy_rows import RelevancyRows, explain_rows
 from lvlm_fastxai.methods import _base
-from lvlm_fastxai.pruning import Ledger, Selection, rows_of_call, select_rows
-from lvlm_fastxai.relevancy import RelevancyRows, explain_rows
-from lvlm_fastxai.sweep import Sweep
-from lvlm_fastxai.targets import check_targets
+from lvlm_fastxai.sweep import attention, pruning
+from lvlm_fastxai.sweep import descent as sweep
+from lvlm_fastxai.sweep.descent import Sweep
+from lvlm_fastxai.sweep.pruning import Ledger, Selection, rows_of_call, select_rows
+from lvlm_fastxai.sweep.targets import check_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import models
 import numpy as np
-import oracle
 import pytest
 import torch
+from support import models, oracle
 from test_sweep import assert_same, fingerprint
 from torch import Tensor, nn
 
 import lvlm_fastxai as fx
 from lvlm_fastxai import tiny
-from lvlm_fastxai.pruning import RELEVANCY_WEIGHT
-from lvlm_fastxai.recording import Recorder, logits_agree
-from lvlm_fastxai.relevancy import explain_rows
-from lvlm_fastxai.sweep import Recording
+from lvlm_fastxai.explain.relevancy_rows import explain_rows
+from lvlm_fastxai.sweep.descent import Recording
+from lvlm_fastxai.sweep.pruning import RELEVANCY_WEIGHT
+from lvlm_fastxai.sweep.recording import Recorder, logits_agree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

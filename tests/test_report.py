@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from lvlm_fastxai.errors import ArgumentError
-from lvlm_fastxai.explanation import (
+from lvlm_fastxai.explain.explanation import (
     ANSWER_DEFINITION,
     WEIGHTED_DEFINITION,
     Comparison,
@@ -30,9 +30,9 @@ from lvlm_fastxai.explanation import (
     TokenWeight,
     UntouchedToken,
 )
+from lvlm_fastxai.explain.report import overlay, render_html
+from lvlm_fastxai.explain.report.colormap import colours, resample
 from lvlm_fastxai.methods import GlimpseOptions
-from lvlm_fastxai.report import overlay, render_html
-from lvlm_fastxai.report.colormap import colours, resample
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&$title ${style}"
 

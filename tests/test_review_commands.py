@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvlm_fastxai.distill import answers as live
 from lvlm_fastxai.errors import ArgumentError, FastXAIError, ModelMismatchError
+from lvlm_fastxai.fastrm import answers as live
 from lvlm_fastxai.fastrm.head import FastRM
 from lvlm_fastxai.review import Policy, Queue, commands
 
@@ -222,8 +222,8 @@ def test_the_shipped_model_answers_with_a_head(tmp_path, one_thread, capsys):
     """An untrained head's maps say nothing, but its entropies are numbers and its items have maps."""
     import lvlm_fastxai as fx
     from lvlm_fastxai.cli import main
-    from lvlm_fastxai.fastrm.fingerprint import fingerprint
     from lvlm_fastxai.fastrm.head import FastRMConfig
+    from lvlm_fastxai.models.fingerprint import fingerprint
 
     model, _ = fx.load_tiny_lvlm()
     width = model.config.get_text_config().hidden_size

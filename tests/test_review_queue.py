@@ -412,7 +412,7 @@ def test_export_where_nothing_can_be_written(queue, tmp_path):
 
 
 def test_an_export_is_a_source(queue, tmp_path):
-    sources = pytest.importorskip("lvlm_fastxai.distill.sources")
+    sources = pytest.importorskip("lvlm_fastxai.prompting.sources")
     queue.append(make(0), REVIEW)
     queue.append(make(1), REVIEW)
     queue.decide(1, "correct", answer="a star")

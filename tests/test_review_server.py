@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from lvlm_fastxai.errors import ArgumentError
-from lvlm_fastxai.report.colormap import OPACITY_FLOOR, colours
+from lvlm_fastxai.explain.report.colormap import OPACITY_FLOOR, colours
 from lvlm_fastxai.review import Decision, Queue, Record
 
 flask = pytest.importorskip("flask", reason="Flask is not installed")

@@ -14,12 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import accelerate
-import models
-import oracle
 import pytest
 import torch
 import transformers
 from PIL import Image
+from support import models, oracle
 from test_sweep import assert_same, fingerprint
 from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
@@ -27,10 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import lvlm_fastxai as fx
-from lvlm_fastxai import pruning, sweep, tiny
+from lvlm_fastxai import tiny
 from lvlm_fastxai.errors import UnsupportedModelError
-from lvlm_fastxai.relevancy import RelevancyRows, explain_rows
-from lvlm_fastxai.sharding import Ranks, find_ranks
+from lvlm_fastxai.explain.relevancy_rows import RelevancyRows, explain_rows
+from lvlm_fastxai.sweep import descent as sweep
+from lvlm_fastxai.sweep import pruning
+from lvlm_fastxai.sweep.sharding import Ranks, find_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import native
-from models import answer_targets, build
+from support.cases import native
+from support.models import answer_targets, build
 from torch import Tensor, nn
 
 import lvlm_fastxai as fx
-from lvlm_fastxai import attention
 from lvlm_fastxai.errors import ArgumentError, BackendUnavailableError, FastXAIError, UnsupportedModelError
+from lvlm_fastxai.explain.relevancy_rows import explain_rows
 from lvlm_fastxai.methods import _base
-from lvlm_fastxai.relevancy import explain_rows
-from lvlm_fastxai.sweep import Sweep
+from lvlm_fastxai.sweep import attention
+from lvlm_fastxai.sweep.descent import Sweep
 
 MEMORY = ("fast", "lean", "min")
 

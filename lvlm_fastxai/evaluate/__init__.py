@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from ..checkpoint import load_checkpoint
-    from ..explanation import prepare_directory
+    from ..explain.explanation import prepare_directory
+    from ..models.checkpoint import load_checkpoint
     from . import output, plot
     from .evaluation import Settings, evaluate
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from ..errors import ArgumentError
-from .answering import Answerer, batched
+from ..prompting.answering import Answerer, batched
 from .metrics import area_under_curve
 
 FRACTIONS = (0.0, 0.03, 0.07, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0)

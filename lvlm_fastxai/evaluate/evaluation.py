@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError, FastXAIError
+from ..prompting.answering import Answerer, batched
 from ..tiny import scenes
 from . import CURVES, DESCRIPTIONS, METHODS, SCENES
-from .answering import Answerer, batched
 from .bootstrap import ClusterBootstrap
 from .cases import Case, held_out_cases, held_out_descriptions
 from .curves import FILLS, FRACTIONS, Curves, deletion_insertion

@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import families
-from ..aggregation import aggregate
+from ..explain.aggregation import aggregate
+from ..explain.relevancy_rows import explain_rows
 from ..methods import GlimpseOptions
-from ..relevancy import explain_rows
-from ..sweep import Sweep
-from ..targets import check_targets
+from ..prompting.answering import Answerer, Inputs, batched
+from ..sweep.descent import Sweep
+from ..sweep.targets import check_targets
 from . import METHODS
-from .answering import Answerer, Inputs, batched
 from .cases import Case
 
 Box = tuple[float, float, float, float]

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import ops
-from ..errors import ArgumentError, ModelMismatchError
+from ..errors import ArgumentError, ModelMismatchError, one_line
+from ..models.fingerprint import fingerprint
 from ..ops.proxy_relevancy import ACTIVATIONS, NORMS
-from ..picture import one_line
-from .fingerprint import fingerprint
 
 SCHEMA = "lvlm-fastxai/fastrm/1"
 CONFIG, WEIGHTS = "fastrm.json", "fastrm.safetensors"
@@ -39,7 +38,7 @@ class FastRMConfig:
         binarisation: share of the min–max normalised relevancy above which a column is a positive target.
         decision_threshold: values of the map above it count as predicted positive, for a softmax after min–max.
         method: whose maps it was trained on.
-        model_name, model_fingerprint: of the model; `lvlm_fastxai.fastrm.fingerprint.fingerprint`.
+        model_name, model_fingerprint: of the model; `lvlm_fastxai.models.fingerprint.fingerprint`.
         trained_on: sources of its maps.
         version: of this package.
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 from .. import families
 from ..errors import ArgumentError
 from ..families import ImageLayout
-from ..sweep import find_decoder_layers
+from ..models.decoder import find_decoder_layers
 from .head import FastRM, Folded, Prediction
 
 

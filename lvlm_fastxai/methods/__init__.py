@@ -1,4 +1,4 @@
-"""One class per method; each is a short loop over a :class:`~lvlm_fastxai.sweep.Sweep`'s layers."""
+"""One class per method; each is a short loop over a :class:`~lvlm_fastxai.sweep.descent.Sweep`'s layers."""
 
 from __future__ import annotations
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..pruning import DROPPED_FACTOR, MISSING_FACTOR, Certificate, Ledger
-from ..sharding import Ranks
-from ..sweep import Collect, LayerStep, Sweep
-from ..targets import Targets
+from ..sweep.descent import Collect, LayerStep, Sweep
+from ..sweep.pruning import DROPPED_FACTOR, MISSING_FACTOR, Certificate, Ledger
+from ..sweep.sharding import Ranks
+from ..sweep.targets import Targets
 
 # Gradients of further targets that are held at once, one (B, S, D) tensor each; more targets go in several descents.
 GRADIENT_BUDGET_BYTES = 512 * 2**20

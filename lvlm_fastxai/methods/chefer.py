@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..sweep import Sweep
+from ..sweep.descent import Sweep
 from ._base import Method
 
 

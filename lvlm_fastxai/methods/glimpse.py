@@ -24,9 +24,9 @@ from torch import Tensor
 from .. import ops
 from ..errors import ArgumentError, UnsupportedModelError
 from ..ops.glimpse_statistics import DOMAINS
-from ..pruning import Ledger
-from ..sweep import LayerStep, Sweep
-from ..targets import Targets
+from ..sweep.descent import LayerStep, Sweep
+from ..sweep.pruning import Ledger
+from ..sweep.targets import Targets
 from ._base import Method, product_of, row_dtype, weights_of
 
 # What cutting the polynomial in 1/Z off may cost of a row of length 1.

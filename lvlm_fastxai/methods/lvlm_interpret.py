@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..sweep import Sweep
-from ..targets import Targets
+from ..sweep.descent import Sweep
+from ..sweep.targets import Targets
 from ._base import Method
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..sweep import Sweep
+from ..sweep.descent import Sweep
 from ._base import Method
 
 

@@ -21,7 +21,7 @@ from ..errors import ArgumentError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..distill.answers import LiveAnswer
+    from ..fastrm.answers import LiveAnswer
     from .calibration import Answers, Calibration
 
 __all__ = ["add_arguments", "add_calibrate_arguments", "run", "run_calibrate"]
@@ -201,9 +201,9 @@ class _Live:
 
     def load(self) -> _Identity:
         if self._loaded is None:
-            from ..checkpoint import load_checkpoint
-            from ..fastrm.fingerprint import fingerprint, model_name
             from ..fastrm.head import FastRM
+            from ..models.checkpoint import load_checkpoint
+            from ..models.fingerprint import fingerprint, model_name
 
             args = self._args
             head = FastRM.from_pretrained(args.head)
@@ -215,7 +215,7 @@ class _Live:
 
     def answers(self, spec: str) -> tuple[str, Iterator[LiveAnswer]]:
         """Name of a source, and its questions answered one after the other, with a progress bar on stderr."""
-        from ..distill.sources import open_source
+        from ..prompting.sources import open_source
 
         source = open_source(spec)
         self.load()
@@ -224,7 +224,7 @@ class _Live:
     def _answers(self, source: Sequence[Any]) -> Iterator[LiveAnswer]:
         from tqdm import tqdm
 
-        from ..distill.answers import live_answers
+        from ..fastrm.answers import live_answers
 
         args = self._args
         model, processor, head = self._loaded

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..distill.shards import write_whole
 from ..errors import ArgumentError, ModelMismatchError
+from ..files import write_whole
 
 __all__ = ["FEATURES", "SCHEMA", "Decision", "Policy", "feature_matrix"]
 

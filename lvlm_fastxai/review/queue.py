@@ -430,7 +430,7 @@ class Queue:
         A line holds "id", "image" (relative path), "question", "answer" (confirmed or corrected; absent where
         rejected), "model_answer", "right", "entropy", "probability", "score", "verdict", "note", "reviewer", "created"
         (of the decision), "group" (answers about one picture share it), "model", "model_fingerprint",
-        "head_fingerprint" and "sample". `calibrate` and the sources of `lvlm_fastxai.distill` read it.
+        "head_fingerprint" and "sample". `calibrate` and the sources of `lvlm_fastxai.fastrm` read it.
 
         Returns:
             Number of lines.

@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from ..errors import ArgumentError
-from ..picture import load_picture
-from ..report import theme
-from ..report.colormap import OPACITY_FLOOR, colours, resample
+from ..explain.report import theme
+from ..explain.report.colormap import OPACITY_FLOOR, colours, resample
+from ..prompting.pictures import load_picture
 from .policy import Decision
 from .queue import VERDICTS, Queue, Record, Shown, StaleDecisionError
 

@@ -47,7 +47,7 @@ def load_tiny_lvlm(folder: str | Path | None = None) -> tuple[LlavaForConditiona
     import torch
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-    from ..weights import load_weights
+    from ..models.weights import load_weights
 
     model = load_weights(LlavaForConditionalGeneration, source, torch.float32)
     processor = LlavaProcessor.from_pretrained(source, local_files_only=True)

@@ -1,0 +1,1 @@
+"""From an image and a question to an explanation."""

@@ -1,0 +1,423 @@
+"""``lvlm-fastxai fastrm build-maps``: exact relevancy maps of a source's answers, written as shards.
+
+A shard is a fixed run of samples and the unit of work: which process computes it changes nothing in it, and a run that
+was stopped goes on with the shards that are not there. Importing this module loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..console import Bars, add_model_arguments, number_or, say
+from ..errors import ArgumentError, one_line
+from ..prompting.sources import Sample, Source, open_source
+from ..training.processes import join_processes
+from .shards import (
+    INDEX,
+    PATTERN,
+    SCHEMA,
+    DamagedShardError,
+    MapRecord,
+    encode_shard,
+    read_shard,
+    shard_name,
+    write_index,
+    write_whole,
+)
+
+if TYPE_CHECKING:
+    from ..prompting.answering import Answerer
+
+METHODS = ("chefer", "lvlm_interpret")
+ANSWERS = ("model", "reference")
+BATCH, SHARD_SIZE, MAX_NEW_TOKENS = 32, 32, 32  # a shard is a batch: what a crash loses
+# Settings in which the shards of one set must agree, and what to call them. Names are not among them: a checkpoint or
+# a source may be moved.
+IDENTITY = {
+    "schema": "format",
+    "version": "version of lvlm_fastxai",
+    "model_fingerprint": "model",
+    "dtype": "dtype",
+    "source_digest": "source",
+    "samples": "number of samples",
+    "method": "method",
+    "row_tolerance": "row tolerance",
+    "answers": "kind of answers",
+    "max_new_tokens": "longest answer",
+    "shard_size": "shard size",
+}
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a call of `build_maps` has done, all processes together.
+
+    Attributes:
+        folder: of the maps.
+        samples, shards: in the finished set.
+        found: samples whose maps were there already.
+        damaged: names of files that were not what had been written and were computed again.
+        seconds: that it took.
+    """
+
+    folder: str
+    samples: int
+    shards: int
+    found: int
+    damaged: list[str]
+    seconds: float
+
+
+def build_maps(
+    model: Any,
+    processor: Any,
+    source: Source,
+    folder: str | Path,
+    *,
+    method: str = "chefer",
+    row_tolerance: float | str = 0.0,
+    answers: str = "model",
+    batch: int = BATCH,
+    shard_size: int = SHARD_SIZE,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda message: None,
+) -> Built:
+    """Write the relevancy maps of every answer token for every sample of a source; `open_maps` reads them.
+
+    Under ``torchrun`` or ``accelerate launch`` every process makes the same call with its own copy of the model and
+    computes its share of the shards; all need the same folder. Called again on an unfinished folder, it computes what
+    is missing. The files are the same to the last byte however many processes wrote them and however often they were
+    stopped, as far as the model's own arithmetic is: on the same kind of device, with as many threads and the same
+    batch.
+
+    Args:
+        model: a transformers image-text-to-text model of a known family; left as it was found.
+        processor: its processor, with a chat template.
+        source: what to ask.
+        folder: where the files go; made where it is not there.
+        method: "chefer" or "lvlm_interpret".
+        row_tolerance: 0 for exact maps, ε > 0 or "auto" for pruned ones; see `lvlm_fastxai.relevancy_rows`.
+        answers: "model" explains the model's own greedy answers, right or wrong, which are what a head sees when it is
+            used; "reference" explains the source's, where it has one, as if the model had given it.
+        batch: samples per pass.
+        shard_size: samples per file; a crash loses the files in work, one per process.
+        max_new_tokens: longest answer of the model.
+        progress: called on the first process as ``progress(done, total)`` with the samples that all have done.
+        say: takes lines for the user, on the first process.
+
+    Raises:
+        ArgumentError: a bad argument; a folder with other maps; a picture that cannot be read; a processor without a
+            chat template; accelerate is not installed.
+        UnsupportedModelError, UnknownFamilyError: the model cannot be explained.
+    """
+    from .. import __version__
+    from ..explain.relevancy_rows import check_row_tolerance
+    from ..models.fingerprint import fingerprint, model_name
+    from ..prompting.answering import Answerer
+
+    began = time.perf_counter()
+    check_row_tolerance(row_tolerance)
+    _check_choice("method", method, METHODS)
+    _check_choice("answers", answers, ANSWERS)
+    for name, value in (("batch", batch), ("shard_size", shard_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ArgumentError(f"{name}: expected at least 1, got {value}")
+    answerer = Answerer(model, processor)
+    settings = {
+        "schema": SCHEMA,
+        "version": __version__,
+        "model": model_name(model),
+        "model_fingerprint": fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "source": source.spec,
+        "source_digest": source.digest,
+        "samples": len(source),
+        "method": method,
+        "row_tolerance": row_tolerance if isinstance(row_tolerance, str) else float(row_tolerance),
+        "answers": answers,
+        "max_new_tokens": max_new_tokens,
+        "shard_size": shard_size,
+    }
+    folder = Path(folder)
+    count = -(-len(source) // shard_size)
+    state = join_processes(model.device.type)
+    missing, damaged = _agree(state, lambda: _prepare(folder, settings, count))
+
+    def size(number: int) -> int:
+        return min(shard_size, len(source) - number * shard_size)
+
+    found = len(source) - sum(map(size, missing))
+    if state.is_main_process:
+        for line in damaged:
+            say(f"damaged, computed again: {line}")
+        if found:
+            say(f"{found} of {len(source)} samples are there already")
+
+    def report(within: int) -> None:
+        if progress is not None and state.is_main_process:
+            elsewhere = sum(size(number) for number in missing if (folder / shard_name(number)).exists())
+            progress(found + elsewhere + within, len(source))
+
+    report(0)
+    for number in missing[state.process_index :: state.num_processes]:
+        start = number * shard_size
+        samples = source[start : start + size(number)]
+        records = _explain_shard(answerer, samples, start, settings, batch, report)
+        write_whole(folder / shard_name(number), encode_shard(settings, start, records))
+        report(0)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_index(folder, settings, count)
+        report(0)
+    return Built(str(folder), len(source), count, found, damaged, time.perf_counter() - began)
+
+
+def _agree(state: Any, decide: Callable[[], Any]) -> Any:
+    """What the first process decides, on all of them; an error of its own is theirs too."""
+    from accelerate.utils import broadcast_object_list
+
+    told: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            told[0] = decide()
+        except (ArgumentError, OSError) as error:
+            told[1] = error if isinstance(error, ArgumentError) else ArgumentError(f"--out: {one_line(error)}")
+    broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
+
+
+def _prepare(folder: Path, settings: dict[str, Any], count: int) -> tuple[list[int], list[str]]:
+    """The numbers of the shards that are to be computed, and the names of those that were there but damaged.
+
+    Raises:
+        ArgumentError: the folder holds maps of another kind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {shard_name(number): number for number in range(count)}
+    damaged = []
+    for path in sorted(folder.glob(PATTERN)):
+        try:
+            shard = read_shard(path)
+        except DamagedShardError as error:
+            if path.name in names:
+                damaged.append(path.name)
+                continue
+            raise ArgumentError(f"--out: {error}, and belongs to no maps of this source; remove it") from error
+        for name, what in IDENTITY.items():
+            if shard.settings.get(name) != settings[name]:
+                raise ArgumentError(
+                    f"--out: '{folder}' holds maps with another {what}: {_shown(shard.settings, name)} in {path.name}, "
+                    f"{_shown(settings, name)} now; give another folder, or remove this one to begin anew"
+                )
+        if names.get(path.name) != shard.start // settings["shard_size"]:
+            damaged.append(path.name)  # renamed or copied over another
+    for name in damaged:
+        (folder / name).unlink()
+    for path in folder.glob(f"{PATTERN}.tmp"):
+        path.unlink()
+    missing = [number for name, number in names.items() if not (folder / name).exists()]
+    if missing:
+        (folder / INDEX).unlink(missing_ok=True)  # it would promise files that are not there
+    return missing, damaged
+
+
+def _shown(settings: dict[str, Any], name: str) -> str:
+    """A setting for people, who know models and sources by their names."""
+    title = {"model_fingerprint": "model", "source_digest": "source"}.get(name)
+    value = str(settings.get(name))
+    return value if title is None else f"{settings.get(title)} ({value[:12]})"
+
+
+def _explain_shard(
+    answerer: Answerer,
+    samples: Sequence[Sample],
+    start: int,
+    settings: dict[str, Any],
+    batch: int,
+    report: Callable[[int], None],
+) -> list[MapRecord]:
+    """The records of consecutive samples, in batches that follow from these samples alone."""
+    from ..prompting.answering import batched, same_answer
+
+    marker = getattr(answerer.processor, "image_token", None)
+    for sample in samples:
+        if isinstance(marker, str) and marker in sample.question:
+            raise ArgumentError(f"source: sample {sample.id}: leave the image marker {marker!r} out of its question")
+    tokens: list[list[int]] = [[] for _ in samples]
+    asked = list(range(len(samples)))
+    if settings["answers"] == "reference":
+        for place, sample in enumerate(samples):
+            if sample.answer is not None:
+                tokens[place] = answerer.processor.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
+        asked = [place for place in asked if not tokens[place]]
+    for part in batched(asked, batch):
+        prompts = _encode(answerer, [samples[place] for place in part])[0]
+        for place, answer in zip(part, answerer.answer(prompts, settings["max_new_tokens"]), strict=True):
+            tokens[place] = answer
+    # Answers of one length share a batch, so that no pass carries targets that only one sample has.
+    by_length: dict[int, list[int]] = {}
+    for place, answer in enumerate(tokens):
+        by_length.setdefault(len(answer), []).append(place)
+    records: dict[int, MapRecord] = {}
+    for _, members in sorted(by_length.items()):
+        for part in batched(members, batch):
+            explained = _explain_batch(
+                answerer, [samples[place] for place in part], [tokens[place] for place in part], settings
+            )
+            for place, (rows, grid) in zip(part, explained, strict=True):
+                sample, text = samples[place], answerer.decode(tokens[place])
+                right = None if sample.answer is None else same_answer(text, sample.answer)
+                records[place] = MapRecord(start + place, sample.id, text, tokens[place], right, rows, grid)
+            report(len(records))
+    return [records[place] for place in range(len(samples))]
+
+
+def _explain_batch(
+    answerer: Answerer, samples: Sequence[Sample], answers: Sequence[Sequence[int]], settings: dict[str, Any]
+) -> Iterator[tuple[Any, tuple[int, int]]]:
+    """(T, n) rows at the image columns and the grid's shape, for samples whose answers all have T tokens."""
+    from ..evaluate.maps import image_layouts
+    from ..explain.relevancy_rows import explain_rows
+
+    prompts, images = _encode(answerer, samples)
+    layouts = image_layouts(answerer, prompts, images)
+    columns = [answerer.image_columns(prompts, place) for place in range(len(samples))]
+    length, first = len(answers[0]), prompts["input_ids"].shape[1]
+    if length == 0:
+        for layout, inside in zip(layouts, columns, strict=True):
+            yield np.zeros((0, len(inside)), dtype=np.float32), layout.shape
+        return
+    rows = explain_rows(
+        answerer.model,
+        answerer.accepted(answerer.join(prompts, answers)),
+        [(place, first + step - 1, token) for place, answer in enumerate(answers) for step, token in enumerate(answer)],
+        method=settings["method"],
+        row_tolerance=settings["row_tolerance"],
+        prompt_length=first,
+    ).rows
+    found = rows.cpu().numpy().reshape(len(samples), length, -1)
+    for sample, layout, inside, own in zip(samples, layouts, columns, found, strict=True):
+        if not np.isfinite(own).all():
+            raise ArgumentError(
+                f"model: relevancy of sample {sample.id} is NaN or infinite; check the weights and the dtype"
+            )
+        yield own[:, inside], layout.shape
+
+
+def _encode(answerer: Answerer, samples: Sequence[Sample]) -> tuple[dict[str, Any], list[Any]]:
+    images = [sample.picture() for sample in samples]
+    try:
+        return answerer.encode(images, [sample.question for sample in samples]), images
+    except (ValueError, TypeError, IndexError, KeyError) as error:
+        raise ArgumentError(
+            f"the processor cannot prepare samples {samples[0].id} … {samples[-1].id}: {one_line(error)}"
+        ) from error
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ArgumentError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def add_build_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``lvlm-fastxai fastrm build-maps``."""
+    add = parser.add_argument
+    add(
+        "source",
+        metavar="SOURCE",
+        help="a .jsonl file with a line {'image': …, 'question': …, 'answer': …} per sample (answers may be missing, "
+        "paths are relative to the file), a folder of datasets' save_to_disk, or scenes:train|validation|held-out"
+        "?count=N&seed=K&kinds=a,b (or &without=a,b)",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write; a run that was stopped goes on there")
+    add_model_arguments(parser)
+    add("--method", choices=METHODS, default=METHODS[0], help="of the maps (default: %(default)s)")
+    add(
+        "--row-tolerance",
+        type=number_or("auto"),
+        default=0.0,
+        metavar="E",
+        help="0 for exact maps, up to below 1 or 'auto' for pruned ones (default: %(default)s)",
+    )
+    add(
+        "--answers",
+        choices=ANSWERS,
+        default=ANSWERS[0],
+        help="whose answers to explain: the model's own, right or wrong, which are what a head sees in use (default), "
+        "or the source's where it has one",
+    )
+    add("--batch", type=int, default=BATCH, metavar="N", help="samples per pass (default: %(default)s)")
+    add("--shard-size", type=int, default=SHARD_SIZE, metavar="N", help="samples per file (default: %(default)s)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=MAX_NEW_TOKENS,
+        metavar="N",
+        help="longest answer of the model, in tokens (default: %(default)s)",
+    )
+    add("--json", action="store_true", help="print what was done as JSON")
+
+
+def run_build(args: argparse.Namespace) -> int:
+    """Build maps as the command line asks for them.
+
+    Args:
+        args: as parsed by `add_build_arguments`.
+
+    Returns:
+        0.
+
+    Raises:
+        FastXAIError: bad input, the message says what to do.
+    """
+    from ..models.checkpoint import load_checkpoint
+
+    source = open_source(args.source)
+    state = join_processes(args.device.partition(":")[0])
+    device = args.device
+    if state.num_processes > 1 and device != "cpu":
+        if ":" in device:
+            raise ArgumentError(
+                f"--device: expected '{device.partition(':')[0]}' for several processes, got '{device}'"
+            )
+        device = str(state.device)
+    model, processor, _ = load_checkpoint(args.model, device, args.dtype)
+    with Bars(unit="sample", shown=state.is_main_process, anywhere=True) as bars:
+        built = build_maps(
+            model,
+            processor,
+            source,
+            args.out,
+            method=args.method,
+            row_tolerance=args.row_tolerance,
+            answers=args.answers,
+            batch=args.batch,
+            shard_size=args.shard_size,
+            max_new_tokens=args.max_new_tokens,
+            progress=lambda done, total: bars("maps", done, total),
+            say=say,
+        )
+    if not state.is_main_process:
+        return 0
+    if args.json:
+        print(json.dumps(asdict(built), ensure_ascii=False))
+        return 0
+    done = built.samples - built.found
+    rate = f", {done / built.seconds:.1f} samples/s" if done else ""
+    print(
+        f"{built.samples} samples in {built.shards} files: {args.out} ({done} of them in {built.seconds:.0f} s{rate})"
+    )
+    return 0

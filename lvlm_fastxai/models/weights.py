@@ -1,0 +1,25 @@
+"""A model's weights from a folder, all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArgumentError
+
+
+def load_weights(model_class: Any, folder: Path, dtype: Any) -> Any:
+    """The model in ``folder`` by ``model_class.from_pretrained``, which only warns of weights that it draws at random.
+
+    Raises:
+        ArgumentError: weights of the model are not in the checkpoint; the message names one.
+    """
+    model, found = model_class.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ArgumentError(
+            f"'{folder}' lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}, and would be "
+            f"explained with random ones; it was saved by transformers {model.config.transformers_version or 'unknown'}"
+            ", and the installed one may name them otherwise"
+        )
+    return model

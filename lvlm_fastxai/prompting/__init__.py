@@ -1,0 +1,1 @@
+"""The one room that asks models questions: pictures, messages, sources, answers, joining."""

@@ -1,0 +1,1 @@
+"""One forward, then down the layers, top first, with the gradient of every target."""
