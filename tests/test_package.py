@@ -22,27 +22,21 @@ PACKAGE = ROOT / "lvlm_fastxai"
 
 # Floors of the house, lowest first: a room may import from floors below its own and from itself.
 FLOORS = (
-    ("errors", "_native", "console"),
-    ("weights",),
+    ("errors", "_native", "console", "files"),
+    ("models",),
     ("tiny",),
-    ("reference", "triton_kernels", "families", "picture"),
-    ("checkpoint",),
+    ("reference", "triton_kernels", "families", "training"),
     ("ops",),
-    ("attention", "pruning", "sharding", "targets"),
-    ("sweep",),
-    ("methods", "recording", "fastrm"),
-    ("relevancy", "cost", "aggregation"),
-    ("explanation", "token_choice"),
-    ("explainer", "info"),
+    ("sweep", "prompting"),
+    ("methods",),
+    ("explain", "info"),
     ("evaluate",),
-    ("distill",),
+    ("fastrm",),
     ("review",),
     ("cli",),
 )
-# An explanation draws its own report, and a report shows an explanation: one room with two doors.
-SAME_ROOM = {"report": "explanation"}
 # Rooms that may know transformers: below and beside them everything is tensors or plain data.
-KNOW_TRANSFORMERS = {"attention", "checkpoint", "explainer", "evaluate", "tiny", "info", "cli"}
+KNOW_TRANSFORMERS = {"sweep", "models", "prompting", "explain", "evaluate", "tiny", "info", "cli"}
 
 
 # Operators that are calls of another one, whose kernels they share.
@@ -138,7 +132,7 @@ def room_of(module: str) -> str | None:
         return "triton_kernels"
     if parts[0] != "lvlm_fastxai" or len(parts) < 2 or parts[1].startswith("__"):
         return None
-    return SAME_ROOM.get(parts[1], parts[1])
+    return parts[1]
 
 
 def sources() -> list[Path]:

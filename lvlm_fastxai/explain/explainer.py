@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -25,8 +25,6 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from .. import families, ops
 from ..errors import ArgumentError, FastXAIError, UnknownFamilyError, UnsupportedModelError, one_line
-from ..fastrm.head import FastRM
-from ..fastrm.live import LiveMaps, LiveStep
 from ..methods import METHODS, GlimpseOptions, check_options
 from ..models.fingerprint import model_name
 from ..prompting.joining import ANSWER_FILL, SUFFIX_TYPE_FAMILIES, find_question
@@ -49,6 +47,10 @@ from .explanation import (
 )
 from .relevancy_rows import RelevancyRows, check_row_tolerance, explain_rows
 from .token_choice import check_tokens, choose_tokens
+
+if TYPE_CHECKING:
+    from ..fastrm.head import FastRM
+    from ..fastrm.live import LiveMaps, LiveStep
 
 __all__ = ["Estimate", "Explainer"]
 
@@ -359,8 +361,8 @@ class Explainer:
         if self.head is None:
             return None
         sizes = [[(picture.height, picture.width) for picture in pictures]]
-        return LiveMaps(
-            self.head, self.model, inputs, image_sizes=sizes, image_processor=self.processor.image_processor
+        return self.head.live_maps(
+            self.model, inputs, image_sizes=sizes, image_processor=self.processor.image_processor
         )
 
     def _recorder(self, inputs: Mapping[str, Any]) -> Recorder | None:

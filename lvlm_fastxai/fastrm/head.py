@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from .. import ops
 from ..errors import ArgumentError, ModelMismatchError, one_line
 from ..models.fingerprint import fingerprint
 from ..ops.proxy_relevancy import ACTIVATIONS, NORMS
+
+if TYPE_CHECKING:
+    from .live import LiveMaps
 
 SCHEMA = "lvlm-fastxai/fastrm/1"
 CONFIG, WEIGHTS = "fastrm.json", "fastrm.safetensors"
@@ -211,6 +215,12 @@ class FastRM(nn.Module):
         if self.config.norm == "layer":
             return functional.layer_norm(states, states.shape[-1:], self.norm_weight, self.norm_bias, self.config.eps)
         return functional.rms_norm(states, states.shape[-1:], self.norm_weight, self.config.eps)
+
+    def live_maps(self, model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> LiveMaps:
+        """`LiveMaps` of this head; arguments as there."""
+        from .live import LiveMaps
+
+        return LiveMaps(self, model, inputs, **options)
 
     def check_model(self, model: nn.Module) -> None:
         """Refuse a model that the head was not trained for.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError, FastXAIError, one_line
-from ..tiny import WEIGHTS, load_tiny_lvlm
+from . import SHIPPED
 from .weights import load_weights
 
 
@@ -32,25 +32,22 @@ def load_checkpoint(folder: Path | None, device: str = "cpu", dtype: str = "auto
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ArgumentError(f"--device: '{device}' cannot be used here: {one_line(error)}") from error
-    source = WEIGHTS if folder is None else folder
+    source = SHIPPED if folder is None else folder
     if not (source / "config.json").is_file():
         raise ArgumentError(f"--model: '{source}' is no folder of a transformers checkpoint: it holds no config.json")
-    model: Any
+    if dtype == "auto" and folder is None:
+        dtype = "float32"
     try:
-        if folder is None:
-            model, processor = load_tiny_lvlm()
-            model = model if dtype == "auto" else model.to(getattr(torch, dtype))
-        else:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            if type(config) not in transformers.AutoModelForImageTextToText._model_mapping:
-                raise ArgumentError(
-                    f"--model: '{folder}' holds a {config.model_type} model, which reads no images; "
-                    "give an image-text-to-text checkpoint such as LLaVA"
-                )
-            model = load_weights(
-                transformers.AutoModelForImageTextToText, folder, "auto" if dtype == "auto" else getattr(torch, dtype)
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
+        if type(config) not in transformers.AutoModelForImageTextToText._model_mapping:
+            raise ArgumentError(
+                f"--model: '{source}' holds a {config.model_type} model, which reads no images; "
+                "give an image-text-to-text checkpoint such as LLaVA"
             )
-            processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+        model: Any = load_weights(
+            transformers.AutoModelForImageTextToText, source, "auto" if dtype == "auto" else getattr(torch, dtype)
+        )
+        processor = transformers.AutoProcessor.from_pretrained(source, local_files_only=True)
     except FastXAIError:
         raise
     # transformers, safetensors and tokenizers raise what they like on damaged or missing files.

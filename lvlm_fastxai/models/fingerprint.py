@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..tiny import WEIGHTS
+from . import SHIPPED
 
 VALUES = 256  # of each parameter: a fine-tuned model differs in nearly all of them, and 7 G parameters need no reading
 # fp16's least normal number: below it a bf16 value cast to fp16 would come back changed.
@@ -61,6 +61,6 @@ def _digest(values: Tensor) -> bytes:
 def model_name(model: Any) -> str:
     """What to call a model: the last part of the name or folder it was loaded from, never the folders before it."""
     name = Path(str(getattr(model, "name_or_path", "")))
-    if name.is_dir() and name.resolve() == WEIGHTS.resolve():
+    if name.is_dir() and name.resolve() == SHIPPED.resolve():
         return "the shipped LVLM"
     return name.name or type(model).__name__

@@ -1,8 +1,9 @@
 """What a pass of ``generate()`` leaves for a sweep, so that explaining an answer needs no second forward.
 
 The tokens that ``generate()`` has read went through every decoder layer once, the prompt together and each answer token
-after it. :class:`Recorder` keeps what each layer was given; a sweep that starts from the :class:`Recording` recomputes layers from there on its way down. Keys and values are recomputed from the layer inputs
-with the graph that the sweep needs; the cache of ``generate()`` holds them without.
+after it. :class:`Recorder` keeps what each layer was given; a sweep that starts from the :class:`Recording` recomputes
+layers from there on its way down. Keys and values are recomputed from the layer inputs with the graph that the sweep
+needs; the cache of ``generate()`` holds them without.
 """
 
 from __future__ import annotations

@@ -8,10 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..models import SHIPPED
+
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = SHIPPED
 """Folder of the shipped checkpoint, in the layout ``from_pretrained`` reads."""
 
 SAMPLE_IMAGE = Path(__file__).parent / "sample.png"
