@@ -24,6 +24,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from lvlm_fastxai.triton_kernels import (
     attention_backward_relevancy,
     glimpse_statistics,
@@ -31,8 +34,6 @@ from lvlm_fastxai.triton_kernels import (
     relevancy_product,
 )
 from lvlm_fastxai.triton_kernels._tiles import ALIGNMENT, launch_options
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 # Most shared memory that one block of threads can have, in KiB: CUDA C++ Programming Guide, "Compute Capabilities".
 # sm_87 has 163, but what is compiled for it stands for sm_86 and sm_89 too.

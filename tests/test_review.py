@@ -13,8 +13,9 @@ from PIL import Image
 from scipy import stats
 
 from lvlm_fastxai.errors import ArgumentError, ModelMismatchError
+from lvlm_fastxai.evaluate.metrics import auroc, risk_coverage
 from lvlm_fastxai.review import Answers, Policy, calibrate, check
-from lvlm_fastxai.review.calibration import auroc, draw, precision_bound, risk_coverage
+from lvlm_fastxai.review.calibration import draw, precision_bound
 
 
 def simulate(pictures: int, questions: int, seed: int, shared: float = 0.7) -> tuple[np.ndarray, ...]:

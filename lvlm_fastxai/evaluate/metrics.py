@@ -1,4 +1,4 @@
-"""How well a map agrees with an evidence mask: plain functions of numpy arrays, one map at a time.
+"""How well maps agree with evidence, and how well doubt tells wrong answers from right ones: functions of numpy arrays.
 
 A map is (h, w), one relevancy per grid cell, not negative. A mask is (H, W) bool in pixels of the picture. It meets the
 map as *coverage*, the share of each cell's area that the mask takes, and as *evidence cells*, a bool of each cell.
@@ -6,7 +6,9 @@ map as *coverage*, the share of each cell's area that the mask takes, and as *ev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -189,6 +191,58 @@ def area_under_curve(fractions: Sequence[float] | Array, values: Sequence[float]
     if x[0] != 0 or x[-1] != 1 or (np.diff(x) <= 0).any():
         raise ArgumentError("fractions: expected ascending numbers from 0 to 1")
     return float((np.diff(x) * (y[1:] + y[:-1]) / 2).sum())
+
+
+def auroc(doubt: Array, wrong: Mask, weights: Array | None = None) -> Any:
+    """Return the chance that a wrong answer has more doubt than a right one; ties count half.
+
+    Args:
+        doubt: (n,).
+        wrong: (n,) bool.
+        weights: (resamples, n) how often each answer counts; None: once.
+
+    Returns:
+        A float, or (resamples,) with weights. NaN without answers of both kinds.
+
+    Example:
+        >>> auroc(np.array([0.1, 0.4, 0.4, 0.9]), np.array([False, False, True, True]))
+        0.875
+    """
+    values, place = np.unique(doubt, return_inverse=True)
+    counts = np.ones((1, len(doubt))) if weights is None else weights
+    order = np.argsort(place, kind="stable")
+    starts = np.searchsorted(place[order], np.arange(len(values)))
+    of_right, of_wrong = (np.add.reduceat((counts * mask)[:, order], starts, axis=1) for mask in (~wrong, wrong))
+    below = np.cumsum(of_right, axis=1) - of_right
+    pairs = of_wrong.sum(axis=1) * of_right.sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        area = ((below + of_right / 2) * of_wrong).sum(axis=1) / np.where(pairs > 0, pairs, math.nan)
+    return float(area[0]) if weights is None else area
+
+
+def risk_coverage(score: Array, right: Mask) -> tuple[Array, Array]:
+    """Return the share of wrong answers among the k of highest score, k = 1 … n, beside k / n.
+
+    Answers of equal score have no order; the share is the expected one. The mean of the risks is the area under the
+    risk–coverage curve, AURC (Geifman, Uziel, El-Yaniv, arXiv 1805.08206).
+
+    Args:
+        score: (n,) of being right.
+        right: (n,) bool.
+
+    Returns:
+        coverage (n,), risk (n,).
+
+    Example:
+        >>> coverage, risk = risk_coverage(np.array([0.9, 0.8, 0.1, 0.2]), np.array([True, True, False, True]))
+        >>> coverage.tolist(), risk.tolist()
+        ([0.25, 0.5, 0.75, 1.0], [0.0, 0.0, 0.0, 0.25])
+    """
+    _, place = np.unique(-score, return_inverse=True)
+    wrong_share = np.bincount(place, weights=~right) / np.bincount(place)
+    expected = wrong_share[np.sort(place)]
+    number = np.arange(1, len(score) + 1)
+    return number / len(score), np.cumsum(expected) / number
 
 
 def _check(relevancy: Array, mask: NDArray) -> None:

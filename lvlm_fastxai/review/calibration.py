@@ -26,9 +26,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ArgumentError
 from ..evaluate.bootstrap import Interval
+from ..evaluate.metrics import auroc, risk_coverage
 from .policy import FEATURES, Policy, feature_matrix
 
-__all__ = ["Answers", "Calibration", "auroc", "calibrate", "check", "draw", "precision_bound", "risk_coverage"]
+__all__ = ["Answers", "Calibration", "calibrate", "check", "draw", "precision_bound"]
 
 FIT_SHARE = 1 / 3
 """Of the groups that the logistic model is fitted on; three numbers need fewer answers than a tail of a precision."""
@@ -256,46 +257,6 @@ def precision_bound(right: float, accepted: float, level: float) -> float:
     from scipy.special import betaincinv
 
     return 0.0 if right <= 0 else float(betaincinv(right, accepted - right + 1, level))
-
-
-def auroc(doubt: NDArray[np.float64], wrong: NDArray[np.bool_], weights: NDArray[np.float64] | None = None) -> Any:
-    """Chance that a wrong answer has more doubt than a right one, ties half; NaN without answers of both kinds.
-
-    Args:
-        doubt: (n,).
-        wrong: (n,) bool.
-        weights: (resamples, n) how often each answer counts; None: once.
-
-    Returns:
-        A float, or (resamples,) with weights.
-    """
-    values, place = np.unique(doubt, return_inverse=True)
-    counts = np.ones((1, len(doubt))) if weights is None else weights
-    order = np.argsort(place, kind="stable")
-    starts = np.searchsorted(place[order], np.arange(len(values)))
-    of_right, of_wrong = (np.add.reduceat((counts * mask)[:, order], starts, axis=1) for mask in (~wrong, wrong))
-    below = np.cumsum(of_right, axis=1) - of_right
-    pairs = of_wrong.sum(axis=1) * of_right.sum(axis=1)
-    with np.errstate(invalid="ignore"):
-        area = ((below + of_right / 2) * of_wrong).sum(axis=1) / np.where(pairs > 0, pairs, math.nan)
-    return float(area[0]) if weights is None else area
-
-
-def risk_coverage(
-    score: NDArray[np.float64], right: NDArray[np.bool_]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Share wrong among the k answers of highest score, k = 1 … n, beside k / n; expected over the order of ties.
-
-    The mean of the risks is the area under the risk–coverage curve, AURC (Geifman, Uziel, El-Yaniv, arXiv 1805.08206).
-
-    Returns:
-        coverage (n,), risk (n,).
-    """
-    _, place = np.unique(-score, return_inverse=True)
-    wrong_share = np.bincount(place, weights=~right) / np.bincount(place)
-    expected = wrong_share[np.sort(place)]
-    number = np.arange(1, len(score) + 1)
-    return number / len(score), np.cumsum(expected) / number
 
 
 def draw(calibration: Calibration, path: str | Path) -> None:
