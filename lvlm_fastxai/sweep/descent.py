@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, UnsupportedModelError
 from ..models.decoder import find_decoder_layers
+from ..models.lock import holding
 from ..ops.key_ranges import real_columns
 from . import attention
 from .attention import KeysTaken, LayerTape, current_tape
@@ -658,8 +659,16 @@ class _Store:
 
 @contextlib.contextmanager
 def prepared(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
-    """Evaluation mode, frozen parameters, our attention in the decoder; everything exactly as before on the way out."""
+    """Evaluation mode, frozen parameters, our attention in the decoder; everything exactly as before on the way out.
+
+    The model's lock is held in between: another thread that wants the same model waits.
+    """
     attention.register()
+    with holding(model):
+        yield from _prepared(model, decoder)
+
+
+def _prepared(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
     config: Any = decoder.config
     implementation = config._attn_implementation_internal
     training = [module for module in model.modules() if module.training]
