@@ -23,9 +23,9 @@ PACKAGE = ROOT / "lvlm_fastxai"
 # Floors of the house, lowest first: a room may import from floors below its own and from itself.
 FLOORS = (
     ("errors", "_native", "console", "files"),
-    ("models",),
+    ("models", "training"),
     ("tiny",),
-    ("reference", "triton_kernels", "families", "training"),
+    ("reference", "triton_kernels", "families"),
     ("ops",),
     ("sweep", "prompting"),
     ("methods",),

@@ -91,8 +91,11 @@ def test_hard_scenes_are_a_minority_and_all_kinds_occur():
 
 
 def found(scene: Scene, phrase: str) -> list[SceneObject]:
-    words = [word for word in phrase.split() if word in NAMES]
-    return [o for o in scene.objects if all(getattr(o, NAMES[word]) == word for word in words)]
+    return matching(scene, {NAMES[word]: word for word in phrase.split() if word in NAMES})
+
+
+def matching(scene: Scene, words: dict[str, str]) -> list[SceneObject]:
+    return [o for o in scene.objects if all(getattr(o, name) == word for name, word in words.items())]
 
 
 def only(scene: Scene, phrase: str) -> SceneObject:
@@ -364,7 +367,7 @@ def test_noun_phrases_are_found_with_what_they_speak_of(rendered):
                 singular = {f"{shape}s": shape for shape in SHAPES} | {"crosses": "cross"}
                 if noun not in ("object", "objects"):
                     spoken["shape"] = singular.get(noun, noun)
-                fitting = scenes._matching(scene, spoken)
+                fitting = matching(scene, spoken)
                 assert targets.count[at] == min(len(fitting), 4)
                 assert targets.known[at] == (len(fitting) == 1)
                 if len(fitting) == 1:
@@ -419,7 +422,7 @@ def test_more_questions_are_true_and_new(rendered, tmp_path):
 
 def described(scene: Scene, phrase: str) -> SceneObject:
     """The one object that a noun phrase names."""
-    (found,) = scenes._matching(scene, {NAMES[word]: word for word in phrase.split() if word != "object"})
+    (found,) = matching(scene, {NAMES[word]: word for word in phrase.split() if word != "object"})
     return found
 
 

@@ -19,9 +19,9 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
-from lvlm_fastxai.tiny import WEIGHTS, load_tiny_lvlm, scenes
-from lvlm_fastxai.tiny.data import GRID, KINDS, LABEL_NAMES, Asked, Pool, easy_vqa, resize
-from lvlm_fastxai.tiny.packing import TokenizedQuestions, answer_logits, normalize, pack, tokenize
+from . import WEIGHTS, load_tiny_lvlm, scenes
+from .data import GRID, KINDS, LABEL_NAMES, Asked, Pool, easy_vqa, resize
+from .packing import TokenizedQuestions, answer_logits, normalize, pack, tokenize
 
 
 @torch.inference_mode()

@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from lvlm_fastxai.tiny import scenes
+from ..files import write_whole
+from . import scenes
 
 IMAGE_SIZE = 96
 """Side in pixels of the picture that the vision tower sees."""
@@ -141,7 +142,7 @@ def _render_shard(folder: Path, index: int, first_seed: int, count: int) -> None
     for name, rows in arrays.items():
         np.save(folder / f"{index:04d}.{name}.npy", np.stack(rows))
     # Written last: its presence says that the shard is complete.
-    (folder / f"{index:04d}.json").write_text(json.dumps(questions))
+    write_whole(folder / f"{index:04d}.json", json.dumps(questions).encode())
 
 
 def render_pool(folder: Path, *, num_scenes: int, seed: int, workers: int, shard_size: int = 2500) -> None:
@@ -233,7 +234,7 @@ def add_questions(pool: Pool, kind: str, tries: int, *, seed: int, workers: int,
                 ([[seed, 13, row] for row in part] for part in parts),
             )
             asked = [rows for part in tqdm(jobs, total=len(parts), desc=f"asking {kind}") for rows in part]
-        cache.write_text(json.dumps(asked))
+        write_whole(cache, json.dumps(asked).encode())
     for questions, rows in zip(pool.questions, json.loads(cache.read_text()), strict=True):
         questions += [Asked(*row) for row in rows]
 

@@ -25,8 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lvlm_fastxai.tiny import scenes
-from lvlm_fastxai.tiny.data import GRID, IMAGE_SIZE, PATCH_SIZE
+from . import scenes
+from .data import GRID, IMAGE_SIZE, PATCH_SIZE
 
 PAD, BOS, EOS, UNK, IMAGE, USER, ASSISTANT = "<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<user>", "<assistant>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, UNK, IMAGE, USER, ASSISTANT)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from lvlm_fastxai.tiny.data import KINDS, Pool
-from lvlm_fastxai.tiny.model import (
+from .data import KINDS, Pool
+from .model import (
     ASSISTANT,
     BOS,
     EOS,

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from lvlm_fastxai.tiny import scenes
-from lvlm_fastxai.tiny.data import LABEL_NAMES, LABEL_VALUES, Pool, objects_of
-from lvlm_fastxai.tiny.model import vocabulary
-from lvlm_fastxai.tiny.packing import Packed, TokenizedQuestions
+from . import scenes
+from .data import LABEL_NAMES, LABEL_VALUES, Pool, objects_of
+from .model import vocabulary
+from .packing import Packed, TokenizedQuestions
 
 ATTRIBUTES = LABEL_NAMES[1:]
 _MAX_COUNT = 4
