@@ -41,7 +41,31 @@ class UnknownFamilyError(FastXAIError, LookupError):
     """The model family's image grid is not known; the message names the missing data and where to add it."""
 
 
+def printable(text: object) -> str:
+    """Spell out what a terminal must not be given raw: control characters, and bytes of names that are not UTF-8.
+
+    Example:
+        >>> print(printable("a\\x1b[2Jb\\udce9.png"))
+        a\\x1b[2Jb\\xe9.png
+    """
+    return "".join(c if c.isprintable() else _spelled(c) for c in str(text))
+
+
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
+    """Return the first line of an error's message, fit to be printed, or the error's type where it has no message.
+
+    Example:
+        >>> one_line(ValueError("too long\\nsee the manual"))
+        'too long'
+        >>> one_line(KeyboardInterrupt())
+        'KeyboardInterrupt'
+    """
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return printable(lines[0]) if lines else type(error).__name__
+
+
+def _spelled(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python holds a byte that is no UTF-8
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

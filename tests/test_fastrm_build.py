@@ -374,7 +374,7 @@ def test_a_stopped_run_goes_on(lvlm: tuple[Any, Any], whole: Path, copy: Path) -
     (copy / INDEX).unlink()
     (copy / shard_name(3)).unlink()
     (copy / shard_name(8)).unlink()
-    (copy / (shard_name(8) + ".tmp")).write_bytes(b"half")
+    (copy / ".lvlm-fastxai-01234567.part").write_bytes(b"half")
     kept = {path.name: path.stat().st_mtime_ns for path in copy.iterdir()}
     with pytest.raises(ArgumentError, match=r"2 of its 12 files of maps are missing.*fastrm build-maps 'scenes:held"):
         open_maps(copy)
@@ -383,8 +383,8 @@ def test_a_stopped_run_goes_on(lvlm: tuple[Any, Any], whole: Path, copy: Path) -
     assert (built.samples, built.shards, built.found, built.damaged) == (24, SHARDS, 20, [])
     assert steps[0] == (20, 24) and steps[-1] == (24, 24) and steps == sorted(steps)
     assert contents(copy) == contents(whole)
-    assert {name: (copy / name).stat().st_mtime_ns for name in kept if not name.endswith(".tmp")} == {
-        name: stamp for name, stamp in kept.items() if not name.endswith(".tmp")
+    assert {name: (copy / name).stat().st_mtime_ns for name in kept if not name.endswith(".part")} == {
+        name: stamp for name, stamp in kept.items() if not name.endswith(".part")
     }
     assert build_maps(*lvlm, open_source(SPEC), copy, **SIZES).found == 24
 
@@ -530,7 +530,7 @@ def test_two_processes_one_of_them_killed_write_what_one_writes(whole: Path, tmp
     _, err = launcher.communicate(timeout=240)
     assert launcher.returncode != 0, err
     wanted = contents(whole)
-    stopped = {name: data for name, data in contents(folder).items() if not name.endswith(".tmp")}
+    stopped = {name: data for name, data in contents(folder).items() if not name.endswith(".part")}
     assert 2 <= len(stopped) < SHARDS
     assert stopped == {name: wanted[name] for name in stopped}  # no index, and nothing half
 

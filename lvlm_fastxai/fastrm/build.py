@@ -18,6 +18,7 @@ import numpy as np
 
 from ..console import Bars, add_model_arguments, number_or, say
 from ..errors import ArgumentError, one_line
+from ..files import remove_scratch, write_whole
 from ..prompting.sources import Sample, Source, open_source
 from ..training.processes import join_processes
 from .shards import (
@@ -30,7 +31,6 @@ from .shards import (
     read_shard,
     shard_name,
     write_index,
-    write_whole,
 )
 
 if TYPE_CHECKING:
@@ -226,8 +226,7 @@ def _prepare(folder: Path, settings: dict[str, Any], count: int) -> tuple[list[i
             damaged.append(path.name)  # renamed or copied over another
     for name in damaged:
         (folder / name).unlink()
-    for path in folder.glob(f"{PATTERN}.tmp"):
-        path.unlink()
+    remove_scratch(folder)
     missing = [number for name, number in names.items() if not (folder / name).exists()]
     if missing:
         (folder / INDEX).unlink(missing_ok=True)  # it would promise files that are not there

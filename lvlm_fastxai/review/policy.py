@@ -169,12 +169,8 @@ class Policy:
         Raises:
             ArgumentError: the file cannot be written.
         """
-        path = Path(path)
         text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        try:
-            write_whole(path, text.encode())
-        except OSError as error:
-            raise ArgumentError(f"policy: cannot write '{path}': {error.strerror or error}") from error
+        write_whole(path, text.encode(), argument="policy")
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:
