@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods import METHODS
+from ..methods import registry
 from ..methods._base import GRADIENT_BUDGET_BYTES
 from ..sweep.pruning import tolerances
 from ..sweep.recording import saves_a_forward
@@ -163,10 +163,10 @@ def estimate_cost(
         return 2 * length**2 * heads * head * layers  # 4·S²·d·H, and the causal half of it
 
     # A FastRM head reads what the generation leaves, in passes over one layer's states: nothing beside the rest.
-    sweep = METHODS.get(method)
-    needs_gradient = sweep is not None and sweep.needs_gradient
-    tried = (0.0,) if sweep is None else tolerances(sweep.tolerance(row_tolerance), model.dtype, total)
-    records = sweep is None or saves_a_forward(needs_gradient, memory, tried)
+    traits = registry.find(method)
+    needs_gradient = traits.needs_gradient
+    tried = tolerances(traits.tolerance(row_tolerance), model.dtype, total)
+    records = not traits.sweeps or saves_a_forward(needs_gradient, memory, tried)
     recomputes = memory != "fast" or tried != (0.0,)
 
     def forward(length: int, rows: int) -> _Work:
@@ -178,10 +178,9 @@ def estimate_cost(
     step = _Work(0.0, (decoder_weights + head_weights) * item, layers * CALLS_PER_LAYER + CALLS_PER_STEP)
     backward = _Work()
     if needs_gradient:
-        # Products with the frozen weights, flash attention's backward, and the relevancy product; `glimpse` has its
-        # sums besides, whose gradients are multiplied for all columns and not for half of them.
-        passes = 1 + (1.5 if method == "glimpse" else 0)
-        products = 2 * decoder_weights * total + (ATTENTION_BACKWARD + passes) * attention(total)
+        # Products with the frozen weights, flash attention's backward, and the method's own products.
+        passes = ATTENTION_BACKWARD + traits.attention_passes
+        products = 2 * decoder_weights * total + passes * attention(total)
         whole = _Work(products, calls=layers * BACKWARD_CALLS_PER_LAYER) * answer_length
         # "auto" may try in vain; at most, all of its attempts are made.
         for tolerance in tried:

@@ -12,7 +12,7 @@ import string
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +25,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from .. import families, ops
 from ..errors import ArgumentError, FastXAIError, UnknownFamilyError, UnsupportedModelError, one_line
-from ..methods import METHODS, GlimpseOptions, check_options
+from ..methods import GlimpseOptions, registry
 from ..models.fingerprint import model_name
 from ..prompting.joining import ANSWER_FILL, SUFFIX_TYPE_FAMILIES, find_question
 from ..prompting.pictures import load_picture
@@ -111,7 +111,7 @@ class Explainer:
         prompt_template: str | None = None,
     ) -> None:
         if method != PROXY:
-            check_options(method, options)
+            registry.find(method).check_options(options)
         elif head is None or options is not None:
             raise ArgumentError(
                 "method: 'fastrm' takes no options, and a head that was trained for the model: "
@@ -250,7 +250,7 @@ class Explainer:
             prompt_length=prompt_length,
             versions=_versions(),
             notes=notes,
-            options=_options(self.method, self.options),
+            options=registry.find(self.method).options_in_force(self.options),
             chosen_tokens=self.tokens,
             untouched=untouched,
             comparison=reading.comparison(result),
@@ -369,7 +369,7 @@ class Explainer:
         """What will keep the pass of `generate` for the sweep; None where that saves nothing."""
         if self.method == PROXY:
             return None
-        method = METHODS[self.method]
+        method = registry.find(self.method)
         tried = tolerances(method.tolerance(self.row_tolerance), self.model.dtype, inputs["input_ids"].shape[1])
         if not saves_a_forward(method.needs_gradient, self.memory, tried):
             return None
@@ -657,12 +657,6 @@ def _pruned(result: RelevancyRows, index: int) -> Pruned | None:
         dropped=certificate.dropped[index].tolist(),
         estimated_error=float(certificate.error[index]),
     )
-
-
-def _options(method: str, options: GlimpseOptions | None) -> dict[str, Any]:
-    """The options that were in force, by name."""
-    kind = None if method == PROXY else METHODS[method].options_type
-    return {} if kind is None else asdict(options or kind())
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..errors import ArgumentError
+from ..methods import registry
 from ..sweep.descent import Recording, Sweep
 from ..sweep.pruning import Certificate
 from ..sweep.targets import check_targets
@@ -119,16 +120,17 @@ def explain_rows(
     # Inference tensors could not be saved for backward, so neither may be in the way of one.
     with torch.inference_mode(False):
         inputs = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
-        methods.check_options(method, options)
-        run = methods.find(method)(check_targets(targets, inputs, _vocabulary(model)), inputs, prompt_length, options)
+        kind, traits = methods.find(method), registry.find(method)
+        traits.check_options(options)
+        run = kind(check_targets(targets, inputs, _vocabulary(model)), inputs, prompt_length, options)
         if progress is not None:
             run.progress = progress
         if compare:
-            if not isinstance(run, methods.Glimpse):
-                raise ArgumentError(f"compare: only method 'glimpse' is compared with 'chefer', got {method!r}")
+            if traits.companion is None:
+                raise ArgumentError(f"compare: method {method!r} has no other method's rows to compare with its own")
             if on_rows is not None:
                 raise ArgumentError("compare: rows that are handed on are not compared; leave out on_rows")
-            run.compare = True
+            run.compare = True  # type: ignore[attr-defined]
         return _explain(model, inputs, run, memory, row_tolerance, recording, on_rows)
 
 

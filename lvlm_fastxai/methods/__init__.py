@@ -1,47 +1,54 @@
-"""One class per method; each is a short loop over a :class:`~lvlm_fastxai.sweep.descent.Sweep`'s layers."""
+"""Relevancy methods: one class each, a short loop over the layers of a :class:`~lvlm_fastxai.sweep.descent.Sweep`.
+
+What each method is called, needs and costs stands in :mod:`~lvlm_fastxai.methods.registry`. Names are imported when
+first used, so that importing this package loads no torch.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ..errors import ArgumentError
-from ._base import Method
-from .chefer import Chefer
-from .glimpse import Glimpse, GlimpseOptions
-from .lvlm_interpret import LvlmInterpret
-from .raw_attention import RawAttention
+from . import registry
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Chefer, LvlmInterpret, Glimpse, RawAttention)}
+if TYPE_CHECKING:
+    from ._base import Method
+    from .chefer import Chefer
+    from .glimpse import Glimpse, GlimpseOptions
+    from .lvlm_interpret import LvlmInterpret
+    from .raw_attention import RawAttention
 
-__all__ = [
-    "METHODS",
-    "Chefer",
-    "Glimpse",
-    "GlimpseOptions",
-    "LvlmInterpret",
-    "Method",
-    "RawAttention",
-    "check_options",
-    "find",
-]
+__all__ = ["Chefer", "Glimpse", "GlimpseOptions", "LvlmInterpret", "Method", "RawAttention", "find"]
+
+_HOMES = {
+    "Chefer": ".chefer",
+    "Glimpse": ".glimpse",
+    "GlimpseOptions": ".glimpse",
+    "LvlmInterpret": ".lvlm_interpret",
+    "Method": "._base",
+    "RawAttention": ".raw_attention",
+}
 
 
 def find(name: str) -> type[Method]:
-    """The method's class.
+    """Import the class of a method that `relevancy_rows` can run.
 
     Raises:
-        ArgumentError: no method has this name.
+        ArgumentError: no such method has this name.
+
+    Example:
+        >>> find("chefer").__name__
+        'Chefer'
     """
-    if name not in METHODS:
-        raise ArgumentError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
-    return METHODS[name]
+    sweeping = registry.names(lambda traits: traits.sweeps)
+    if name not in sweeping:
+        raise ArgumentError(f"method: expected one of {', '.join(sweeping)}, got {name!r}")
+    found: type[Method] = registry.find(name).load()
+    return found
 
 
-def check_options(name: str, options: object) -> None:
-    """Refuse options that are not the method's.
-
-    Raises:
-        ArgumentError: no method has this name, or it takes no options or others.
-    """
-    kind = find(name).options_type
-    if options is not None and (kind is None or not isinstance(options, kind)):
-        expected = "no options" if kind is None else kind.__name__
-        raise ArgumentError(f"options: method {name!r} takes {expected}, got {options!r}")
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
