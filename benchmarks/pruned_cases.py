@@ -157,7 +157,6 @@ class Picture:
 
 def pictures(model: Any, processor: Any, stream: Iterator[tuple[Any, Any]]) -> Iterator[Picture]:
     """Pictures whose question rests on visible evidence and gets an answer, out of (picture, question) pairs."""
-    from lvlm_fastxai.evaluate.maps import image_layouts
     from lvlm_fastxai.prompting.answering import Answerer
 
     answerer = Answerer(model, processor)
@@ -166,7 +165,7 @@ def pictures(model: Any, processor: Any, stream: Iterator[tuple[Any, Any]]) -> I
         (answered,) = answerer.answer(prompt, 24)
         if not answered or not question.mask.any():
             continue
-        (layout,) = image_layouts(answerer, prompt, [image])
+        ((layout,),) = answerer.image_layouts(prompt, [[image]])
         start = prompt["input_ids"].shape[1]
         inputs = answerer.accepted(answerer.join(prompt, [answered]))
         targets = [(0, start + place - 1, token) for place, token in enumerate(answered)]

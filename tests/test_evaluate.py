@@ -363,8 +363,7 @@ def test_batched_answers_equal_single_ones(answerer: Answerer, cases: list[Case]
         with torch.inference_mode():
             output = answerer.model.generate(**inputs, max_new_tokens=4, do_sample=False)
         generated = output[0, inputs["input_ids"].shape[1] :].tolist()
-        special = set(answerer.processor.tokenizer.all_special_ids)
-        end = next((place for place, token in enumerate(generated) if token in special), len(generated))
+        end = next((place for place, token in enumerate(generated) if token in answerer.ends), len(generated))
         assert answer == generated[:end]
 
 

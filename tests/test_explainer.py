@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,9 @@ from lvlm_fastxai import Explainer, families, relevancy_rows
 from lvlm_fastxai.errors import ArgumentError, BackendUnavailableError, FastXAIError, UnsupportedModelError
 from lvlm_fastxai.explain.cost import estimate_cost
 from lvlm_fastxai.ops import use_backend
+from lvlm_fastxai.prompting.answers import end_tokens, generate
+from lvlm_fastxai.prompting.inputs import accepted
+from lvlm_fastxai.prompting.joining import join
 from lvlm_fastxai.tiny.model import build_model, build_processor
 
 QUESTION = "what color is the small circle?"
@@ -126,19 +128,27 @@ def test_every_method_explains(model, processor, picture, method, memory):
     assert np.isfinite(explanation.image_map).all() and explanation.image_map.max() > 0
 
 
-def test_end_of_sequence_and_special_tokens_are_not_explained(model, processor, picture):
+def make_say(model: Any, monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> None:
+    """While it generates, the model's logits are highest at these tokens, one after the other."""
+    generate = model.generate
+
+    def forced(**settings: Any) -> Any:
+        answer = iter(ids)
+        handle = model.lm_head.register_forward_hook(
+            lambda module, args, logits: logits.index_fill(-1, torch.tensor([next(answer)]), 1e4)
+        )
+        try:
+            return generate(**settings)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(model, "generate", forced)
+
+
+def test_end_of_sequence_and_special_tokens_are_not_explained(model, processor, picture, monkeypatch):
     ids = processor.tokenizer.convert_tokens_to_ids(["red", "<user>", "circle", "<eos>"])
-    answers = iter(ids)
-
-    def forced(logits: torch.Tensor) -> torch.Tensor:
-        return logits.index_fill(-1, torch.tensor([next(answers)]), 1e4)
-
     explainer = Explainer(model, processor)
-    hook = model.lm_head.register_forward_hook(lambda module, args, logits: forced(logits))
-    generated, *_ = explainer._generate(explainer._prepare(picture, QUESTION, 8)[1], 8, lambda *unused: None)
-    hook.remove()
-    assert generated == ids
-    explainer._generate = lambda *unused: (generated, [0.5] * len(generated), None)  # type: ignore[method-assign]
+    make_say(model, monkeypatch, ids)
     explanation = explainer(picture, QUESTION, max_new_tokens=8)
     assert [token.text.strip() for token in explanation.tokens] == ["red", "circle"]
     assert explanation.answer == "red circle"
@@ -146,7 +156,8 @@ def test_end_of_sequence_and_special_tokens_are_not_explained(model, processor, 
     assert explanation.sequence_length == explanation.prompt_length + 3
     assert [token.position - explanation.prompt_length for token in explanation.tokens] == [0, 2]
     assert not explanation.notes
-    explainer._generate = lambda *unused: (ids[-1:], [0.5], None)  # type: ignore[method-assign]
+    monkeypatch.undo()
+    make_say(model, monkeypatch, ids[-1:])
     with pytest.raises(FastXAIError, match="answered with nothing"):
         explainer(picture, QUESTION)
 
@@ -157,12 +168,11 @@ def test_teacher_forcing_repeats_what_was_generated(name):
     model, inputs = build(name)
     prompt = {k: v[:, :-ANSWER] if k in SEQUENCE_KEYS else v for k, v in inputs.items()}
     start = prompt["input_ids"].shape[1]
-    tokenizer = SimpleNamespace(eos_token_id=None, all_special_ids=[])
-    explainer = Explainer(model, SimpleNamespace(tokenizer=tokenizer, image_processor=object()))
-    answer, *_ = explainer._generate(prompt, 5, lambda *unused: None)
-    joined = explainer._join(prompt, answer)
+    (found,) = generate(model, prompt, 5, ends=end_tokens(model))
+    answer = found.token_ids
+    joined = join(model.config, prompt, [answer])
     assert {joined[key].shape for key in SEQUENCE_KEYS if key in joined} == {(1, start + 5)}
-    logits = model(**explainer._accepted(joined)).logits[0].index_fill(-1, torch.tensor([IMAGE, VIDEO]), -torch.inf)
+    logits = model(**accepted(model, joined)).logits[0].index_fill(-1, torch.tensor([IMAGE, VIDEO]), -torch.inf)
     assert logits[start - 1 : -1].argmax(-1).tolist() == answer
 
 

@@ -39,6 +39,8 @@ from lvlm_fastxai.models.checkpoint import load_checkpoint
 from lvlm_fastxai.models.decoder import find_decoder_layers
 from lvlm_fastxai.models.fingerprint import fingerprint
 from lvlm_fastxai.prompting.answering import Answerer
+from lvlm_fastxai.prompting.inputs import accepted
+from lvlm_fastxai.prompting.joining import join as join_answers
 from lvlm_fastxai.tiny.model import build_model, build_processor, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -294,10 +296,6 @@ def hooks(model: nn.Module) -> int:
 
 def expected(head: FastRM, model: Any, prompt: Inputs, answer: list[int]) -> tuple[Any, Tensor]:
     """Prediction of the answer's tokens from one teacher-forced pass over one prompt, and the (T, V) logits."""
-    processor = SimpleNamespace(
-        tokenizer=SimpleNamespace(eos_token_id=None, all_special_ids=[]), image_processor=object()
-    )
-    explainer = Explainer(model, processor)
     start = prompt["input_ids"].shape[1]
     seen: list[Tensor] = []
 
@@ -306,7 +304,7 @@ def expected(head: FastRM, model: Any, prompt: Inputs, answer: list[int]) -> tup
 
     handle = find_decoder_layers(model)[1][head.config.layer].register_forward_hook(see)
     with torch.no_grad():
-        logits = model(**explainer._accepted(explainer._join(prompt, answer))).logits
+        logits = model(**accepted(model, join_answers(model.config, prompt, [answer]))).logits
     handle.remove()
     columns = (prompt["input_ids"][0] == IMAGE).nonzero()[:, 0]
     rows = slice(start - 1, start - 1 + len(answer))

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
-from .. import families
 from ..explain.aggregation import aggregate
 from ..explain.relevancy_rows import explain_rows
 from ..methods import GlimpseOptions
@@ -165,7 +163,7 @@ def compute_maps(
             images = [cases[index].scene.image for index in part]
             questions = [cases[index].question.text for index in part]
             prompts = answerer.encode(images, questions)
-            layouts = image_layouts(answerer, prompts, images)
+            layouts = [layout for (layout,) in answerer.image_layouts(prompts, [[image] for image in images])]
             start = prompts["input_ids"].shape[1]
             inputs = answerer.accepted(answerer.join(prompts, [answers[index] for index in part]))
             targets = [
@@ -224,17 +222,3 @@ def _rows(
         model, method = twin, "chefer"
     result = explain_rows(model, inputs, targets, method=method, prompt_length=start, options=options)
     return result.rows.cpu(), result.probabilities.cpu()
-
-
-def image_layouts(answerer: Answerer, prompts: Inputs, images: Sequence[Image.Image]) -> list[families.ImageLayout]:
-    """Where the one picture of every prompt of a batch stands in the sequence."""
-    return [
-        families.image_layouts(
-            answerer.model.config,
-            prompts,
-            sample,
-            image_sizes=[(image.height, image.width)],
-            image_processor=answerer.processor.image_processor,
-        )[0]
-        for sample, image in enumerate(images)
-    ]

@@ -7,4 +7,5 @@ FAMILY = Family(
     model_types=("gemma3",),
     image_token="image_token_index",
     layout=PooledWithCrops(),
+    layout_inputs=("num_crops",),
 )

@@ -7,4 +7,5 @@ FAMILY = Family(
     model_types=("paligemma",),
     image_token="image_token_index",
     layout=SquareGrid(),
+    suffix_type=1,  # attends causally; the prefix, type 0, attends both ways
 )

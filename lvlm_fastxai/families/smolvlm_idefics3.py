@@ -7,4 +7,5 @@ FAMILY = Family(
     model_types=("idefics3", "smolvlm"),
     image_token="image_token_id",
     layout=TilesWithOverview(),
+    layout_inputs=("rows", "cols", "video_metadata"),
 )

@@ -251,16 +251,12 @@ def _explain_shard(
     """The records of consecutive samples, in batches that follow from these samples alone."""
     from ..prompting.answering import batched, same_answer
 
-    marker = getattr(answerer.processor, "image_token", None)
-    for sample in samples:
-        if isinstance(marker, str) and marker in sample.question:
-            raise ArgumentError(f"source: sample {sample.id}: leave the image marker {marker!r} out of its question")
     tokens: list[list[int]] = [[] for _ in samples]
     asked = list(range(len(samples)))
     if settings["answers"] == "reference":
         for place, sample in enumerate(samples):
             if sample.answer is not None:
-                tokens[place] = answerer.processor.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
+                tokens[place] = answerer.encode_answer(sample.answer, f"source: sample {sample.id}: answer")
         asked = [place for place in asked if not tokens[place]]
     for part in batched(asked, batch):
         prompts = _encode(answerer, [samples[place] for place in part])[0]
@@ -288,11 +284,10 @@ def _explain_batch(
     answerer: Answerer, samples: Sequence[Sample], answers: Sequence[Sequence[int]], settings: dict[str, Any]
 ) -> Iterator[tuple[Any, tuple[int, int]]]:
     """(T, n) rows at the image columns and the grid's shape, for samples whose answers all have T tokens."""
-    from ..evaluate.maps import image_layouts
     from ..explain.relevancy_rows import explain_rows
 
     prompts, images = _encode(answerer, samples)
-    layouts = image_layouts(answerer, prompts, images)
+    layouts = [layout for (layout,) in answerer.image_layouts(prompts, [[image] for image in images])]
     columns = [answerer.image_columns(prompts, place) for place in range(len(samples))]
     length, first = len(answers[0]), prompts["input_ids"].shape[1]
     if length == 0:
@@ -318,12 +313,8 @@ def _explain_batch(
 
 def _encode(answerer: Answerer, samples: Sequence[Sample]) -> tuple[dict[str, Any], list[Any]]:
     images = [sample.picture() for sample in samples]
-    try:
-        return answerer.encode(images, [sample.question for sample in samples]), images
-    except (ValueError, TypeError, IndexError, KeyError) as error:
-        raise ArgumentError(
-            f"the processor cannot prepare samples {samples[0].id} … {samples[-1].id}: {one_line(error)}"
-        ) from error
+    names = [f"source: sample {sample.id}" for sample in samples]
+    return answerer.encode(images, [sample.question for sample in samples], names), images
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

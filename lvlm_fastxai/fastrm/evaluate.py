@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..evaluate.bootstrap import ClusterBootstrap
-from ..evaluate.maps import image_layouts
 from ..evaluate.metrics import cell_coverage, evidence_cells, mass_in_mask, pointing_game
 from ..explain.relevancy_rows import explain_rows
 from ..prompting.answering import Answerer
@@ -124,7 +123,7 @@ def _predict(head: FastRM, answerer: Answerer, part: Sequence[Item]) -> Any:
         values = {"fastrm": prediction.map[0].cpu(), "raw_attention": rows[:, columns]}
         if head.mean_map.shape == exact.shape[1:]:
             values["mean_map"] = head.mean_map.cpu().expand_as(exact)
-        yield item, exact, values, (image_layouts(answerer, prompts, [picture])[0], columns, start)
+        yield item, exact, values, (answerer.image_layouts(prompts, [[picture]])[0][0], columns, start)
 
 
 def _score(
