@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # a changed byte does.
 checksum = $(shell cat $(1) | cksum | tr ' ' '-')
 # Kernels in Triton are used where they lie, but that there is such a package is part of what is installed.
-NATIVE_SOURCES := pyproject.toml setup.py CMakeLists.txt triton_kernels/__init__.py $(shell find csrc -type f | LC_ALL=C sort)
+NATIVE_SOURCES := pyproject.toml setup.py CMakeLists.txt lvlm_fastxai/ops/_operators.py triton_kernels/__init__.py $(shell find csrc -type f | LC_ALL=C sort)
 RUNTIME := $(VENV)/.stamp-runtime-$(call checksum,requirements/runtime.lock requirements/build.lock)
 DEV := $(VENV)/.stamp-dev-$(call checksum,requirements/dev.lock)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .explain.explainer import Explainer
     from .explain.explanation import Explanation
     from .methods import GlimpseOptions
+    from .ops import BackendName
     from .review.policy import Policy
 
 METHODS = ("chefer", "lvlm_interpret", "glimpse", "raw_attention", "fastrm")
@@ -418,7 +419,7 @@ def _own_arguments(args: argparse.Namespace) -> list[str]:
 
 
 @contextmanager
-def _backend(name: str | None) -> Iterator[None]:
+def _backend(name: BackendName | None) -> Iterator[None]:
     if name is None:
         yield
         return

@@ -1,9 +1,8 @@
-"""The house is in order: every operator has all its rooms, imports point one way, and the documents tell the truth."""
+"""The house is in order: imports point one way, and the documents tell the truth."""
 
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import re
 import subprocess
@@ -15,7 +14,6 @@ from typing import Any
 import pytest
 
 import lvlm_fastxai as fx
-from lvlm_fastxai import _native
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lvlm_fastxai"
@@ -38,69 +36,6 @@ FLOORS = (
 )
 # Rooms that may know transformers: below and beside them everything is tensors or plain data.
 KNOW_TRANSFORMERS = {"sweep", "models", "prompting", "explain", "evaluate", "tiny", "info", "cli"}
-
-
-# Operators that are calls of another one, whose kernels they share.
-COMPOSED = {"glimpse_product": "relevancy_product"}
-
-
-def operators() -> list[str]:
-    """Names found in any of the rooms whose files are operators with kernels only."""
-    schema = (ROOT / "csrc" / "schema.cpp").read_text(encoding="utf-8")
-    names = set(re.findall(r'\.def\(\s*"(\w+)\(', schema))
-    names |= {path.stem for path in (PACKAGE / "reference").glob("[!_]*.py")}
-    names |= {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
-    names |= {path.stem for path in (ROOT / "triton_kernels").glob("[!_]*.py")}
-    return sorted(names - COMPOSED.keys())
-
-
-@pytest.mark.parametrize("name", COMPOSED)
-def test_a_composed_operator_has_twin_tests_and_benchmark(name: str) -> None:
-    rooms = [PACKAGE / "ops" / f"{name}.py", PACKAGE / "reference" / f"{name}.py"]
-    rooms += [ROOT / "tests" / f"test_{name}.py", ROOT / "benchmarks" / f"bench_{name}.py"]
-    assert not [str(room) for room in rooms if not room.is_file()]
-    assert f"lvlm_fastxai.ops.{COMPOSED[name]}.{COMPOSED[name]}" in set(imports(rooms[0]))
-    assert callable(getattr(fx.ops, name))
-    assert name in fx.ops.__all__
-
-
-@pytest.mark.parametrize("name", operators())
-def test_an_operator_has_all_its_rooms(name: str) -> None:
-    rooms = [
-        ROOT / "csrc" / "cpu" / f"{name}.cpp",
-        ROOT / "csrc" / "cuda" / f"{name}.cu",
-        PACKAGE / "ops" / f"{name}.py",
-        PACKAGE / "reference" / f"{name}.py",
-        ROOT / "tests" / f"test_{name}.py",
-        ROOT / "benchmarks" / f"bench_{name}.py",
-    ]
-    if (ROOT / "triton_kernels").is_dir():
-        rooms.append(ROOT / "triton_kernels" / f"{name}.py")
-    missing = [str(room.relative_to(ROOT)) for room in rooms if not room.is_file()]
-    assert not missing
-    assert f'"{name}(' in (ROOT / "csrc" / "schema.cpp").read_text(encoding="utf-8"), "no schema"
-    assert callable(getattr(fx.ops, name))
-    assert name in fx.ops.__all__
-    assert set(fx.ops.backends(name)) == {"cuda", "triton", "cpu", "reference"}
-    assert fx.ops.backends(name)["reference"] is None
-
-
-@pytest.mark.parametrize("name", operators())
-def test_an_operator_has_the_tests_that_each_needs(name: str) -> None:
-    tree = ast.parse((ROOT / "tests" / f"test_{name}.py").read_text(encoding="utf-8"))
-    tests = " ".join(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
-    for needed in ("test_opcheck", "test_gradcheck|test_backward_is_refused", "test_compiles_to_one_graph"):
-        assert re.search(needed, tests), f"tests/test_{name}.py has no {needed}"
-
-
-@pytest.mark.parametrize("name", operators())
-@pytest.mark.skipif(_native.load() is not None, reason=f"native library: {_native.load()}")
-def test_both_spellings_of_a_schema_agree(name: str) -> None:
-    import torch
-
-    module = importlib.import_module(f"lvlm_fastxai.ops.{name}")
-    registered = getattr(torch.ops.lvlm_fastxai, name).default._schema
-    assert str(registered) == str(torch._C.parse_schema(f"lvlm_fastxai::{name}{module.SCHEMA}"))
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -85,12 +85,12 @@ def test_the_interpreter_serves_the_cpu_when_it_is_asked_for() -> None:
     program = (
         "import torch\n"
         "from lvlm_fastxai import ops\n"
-        "from lvlm_fastxai.ops._dispatch import Problem, chosen_backend, _operators\n"
+        "from lvlm_fastxai.ops._dispatch import Problem, chosen_backend\n"
         "name, cpu = 'relevancy_product', torch.device('cpu')\n"
         "assert ops.backends(name)['triton'] is None\n"
         "assert chosen_backend(name, cpu, torch.float16) != 'triton'\n"
         "assert chosen_backend(name, cpu, torch.float16, 'triton') == 'triton'\n"
-        "print(_operators[name]['triton'].supports(Problem(cpu, torch.bfloat16)))\n"
+        "print(ops.catalogue()[name].backends['triton'].supports(Problem(cpu, torch.bfloat16)))\n"
     )
     assert "bfloat16 wrongly" in in_the_interpreter("-c", program)
 
@@ -99,9 +99,7 @@ def test_the_interpreter_serves_the_cpu_when_it_is_asked_for() -> None:
 @with_triton
 def test_triton_says_why_not() -> None:
     def reason(problem: Problem | None) -> str:
-        from lvlm_fastxai.ops import _dispatch
-
-        return _dispatch._operators["relevancy_product"]["triton"].supports(problem) or ""
+        return ops.catalogue()["relevancy_product"].backends["triton"].supports(problem) or ""
 
     assert "TRITON_INTERPRET=1" in reason(Problem(CPU, torch.float32))
     assert "reference only" in reason(Problem(CPU, torch.float64))

@@ -16,7 +16,7 @@ from torch.nn import functional
 from .. import ops
 from ..errors import ArgumentError, ModelMismatchError, one_line
 from ..models.fingerprint import fingerprint
-from ..ops.proxy_relevancy import ACTIVATIONS, NORMS
+from ..ops.proxy_relevancy import ACTIVATIONS, NORMS, Activation, Norm
 
 if TYPE_CHECKING:
     from .live import LiveMaps
@@ -54,8 +54,8 @@ class FastRMConfig:
     layer: int = -2
     dim: int = 64
     query_width: int = 256
-    norm: str = "layer"
-    activation: str = "sigmoid"
+    norm: Norm = "layer"
+    activation: Activation = "sigmoid"
     eps: float = 1e-6
     binarisation: float = 0.3
     decision_threshold: float = 0.5
@@ -164,7 +164,7 @@ class FastRM(nn.Module):
         *,
         lengths: Tensor | None = None,
         folded: Folded | None = None,
-        backend: str | None = None,
+        backend: ops.BackendName | None = None,
     ) -> Prediction:
         """Maps and their entropies, in one pass over the hidden states.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import ArgumentError, UnsupportedModelError
-from ..ops.glimpse_statistics import DOMAINS
+from ..ops.glimpse_statistics import DOMAINS, Domain
 from ..sweep.descent import LayerStep, Sweep
 from ..sweep.pruning import Ledger
 from ..sweep.targets import Targets
@@ -62,7 +62,7 @@ class GlimpseOptions:
     """
 
     propagation: str = "literal"
-    stats_domain: str = "full"
+    stats_domain: Domain = "full"
     head_temperature: float = 0.5
     depth_rate: float | str = 0.2
     layers: str = "all"

@@ -1,25 +1,12 @@
-"""Operators: contract, argument checks and choice of backend. No operator knows of any model."""
+"""Operators: contract, argument checks and choice of backend. No operator knows a model."""
 
-from __future__ import annotations
-
-from lvlm_fastxai.ops._dispatch import BACKENDS, backends, chosen_backend, operators, use_backend
-from lvlm_fastxai.ops.attention_backward_relevancy import attention_backward_relevancy
-from lvlm_fastxai.ops.glimpse_product import glimpse_product
-from lvlm_fastxai.ops.glimpse_statistics import glimpse_statistics
-from lvlm_fastxai.ops.key_ranges import key_ranges
-from lvlm_fastxai.ops.proxy_relevancy import proxy_relevancy
-from lvlm_fastxai.ops.relevancy_product import relevancy_product
-
-__all__ = [
-    "BACKENDS",
-    "attention_backward_relevancy",
-    "backends",
-    "chosen_backend",
-    "glimpse_product",
-    "glimpse_statistics",
-    "key_ranges",
-    "operators",
-    "proxy_relevancy",
-    "relevancy_product",
-    "use_backend",
-]
+from lvlm_fastxai.ops._dispatch import BACKENDS as BACKENDS
+from lvlm_fastxai.ops._dispatch import BackendName as BackendName
+from lvlm_fastxai.ops._dispatch import Operator as Operator
+from lvlm_fastxai.ops._dispatch import backends as backends
+from lvlm_fastxai.ops._dispatch import catalogue as catalogue
+from lvlm_fastxai.ops._dispatch import chosen_backend as chosen_backend
+from lvlm_fastxai.ops._dispatch import operators as operators
+from lvlm_fastxai.ops._dispatch import use_backend as use_backend
+from lvlm_fastxai.ops._operators import *  # noqa: F403
+from lvlm_fastxai.ops.key_ranges import key_ranges as key_ranges

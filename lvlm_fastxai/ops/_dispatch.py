@@ -1,23 +1,25 @@
-"""Choice of backend: the first that has no reason against a problem runs; one that was asked for never falls back."""
+"""Choice of backend: the first that can serve a call runs. A backend that was asked for by name never falls back."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lvlm_fastxai.errors import ArgumentError, BackendUnavailableError
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
+BackendName = Literal["cuda", "triton", "cpu", "reference"]
+# In the order in which they are tried.
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 BACKEND_VARIABLE = "LVLM_FASTXAI_BACKEND"
 
-_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("lvlm_fastxai_backend", default=None)
+_requested: contextvars.ContextVar[BackendName | None] = contextvars.ContextVar("lvlm_fastxai_backend", default=None)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Backend:
     """One implementation of an operator.
 
     `supports(problem)` returns None or the reason against it; `supports(None)` asks about this machine in general.
-    `volunteers(problem)` is False where it serves only who asks for it by name.
+    `volunteers(problem)` is False for a backend that serves only those who ask for it by name.
     """
 
     supports: Callable[[Problem | None], str | None]
@@ -41,21 +43,52 @@ class Backend:
     volunteers: Callable[[Problem], bool] = lambda problem: True
 
 
-_operators: dict[str, dict[str, Backend]] = {}
+@dataclass(frozen=True)
+class Operator:
+    """One entry of `catalogue`.
+
+    Attributes:
+        name: the operator's name, which is also the name of its file in every room.
+        kind: what its arguments describe, such as "attention". Operators of one kind share checks and test cases.
+        backends: its implementations, in the order in which they are tried.
+        differentiable: whether a gradient formula is registered.
+        composed_of: the operator whose kernels it calls, where it has none of its own.
+    """
+
+    name: str
+    kind: str
+    backends: Mapping[BackendName, Backend]
+    differentiable: bool = False
+    composed_of: str | None = None
 
 
-def register(operator: str, implementations: dict[str, Backend]) -> None:
-    """Make the implementations of an operator known, keyed by backend name."""
-    _operators[operator] = {name: implementations[name] for name in BACKENDS if name in implementations}
+_operators: dict[str, Operator] = {}
+
+
+def register(operator: Operator) -> None:
+    """Make an operator known; its backends are put in the order in which they are tried."""
+    ordered = {name: operator.backends[name] for name in BACKENDS if name in operator.backends}
+    _operators[operator.name] = replace(operator, backends=ordered)
+
+
+def catalogue() -> dict[str, Operator]:
+    """Return every operator by its name, sorted.
+
+    Example:
+        >>> import lvlm_fastxai as fx
+        >>> fx.ops.catalogue()["glimpse_product"].composed_of
+        'relevancy_product'
+    """
+    return dict(sorted(_operators.items()))
 
 
 def operators() -> tuple[str, ...]:
-    """Names of all operators."""
-    return tuple(sorted(_operators))
+    """Return the names of all operators that have kernels of their own."""
+    return tuple(name for name, operator in catalogue().items() if operator.composed_of is None)
 
 
-def backends(operator: str) -> dict[str, str | None]:
-    """Which backends of an operator can be used on this machine.
+def backends(operator: str) -> dict[BackendName, str | None]:
+    """Say which backends of an operator can be used on this machine.
 
     Args:
         operator: name of the operator, such as "relevancy_product".
@@ -73,17 +106,18 @@ def backends(operator: str) -> dict[str, str | None]:
     """
     if operator not in _operators:
         raise ArgumentError(f"backends: `operator` must be one of {sorted(_operators)}, got {operator!r}")
-    return {name: backend.supports(None) for name, backend in _operators[operator].items()}
+    return {name: backend.supports(None) for name, backend in _operators[operator].backends.items()}
 
 
-def _check_name(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ArgumentError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
-    return name
+def _check_name(name: str, source: str) -> BackendName:
+    for known in BACKENDS:
+        if name == known:
+            return known
+    raise ArgumentError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
 
 
 @contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: BackendName) -> Iterator[None]:
     """Run every operator called inside on one backend; a call it cannot serve raises instead of falling back.
 
     Args:
@@ -104,27 +138,28 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
-def requested_backend() -> str | None:
-    """The backend asked for by `use_backend`, else by the environment, else None."""
+def requested_backend() -> BackendName | None:
+    """Return the backend asked for by `use_backend`, else by the environment, else None."""
     name = _requested.get()
     if name is None:
-        name = os.environ.get(BACKEND_VARIABLE) or None
-        if name is not None:
-            _check_name(name, BACKEND_VARIABLE)
+        variable = os.environ.get(BACKEND_VARIABLE)
+        return _check_name(variable, BACKEND_VARIABLE) if variable else None
     return name
 
 
 # Decided once at trace time under torch.compile, which can follow neither context variables nor the file system.
 @torch.compiler.assume_constant_result
-def chosen_backend(operator: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
-    """Name of the backend that would serve a call.
+def chosen_backend(
+    operator: str, device: torch.device, dtype: torch.dtype, backend: BackendName | None = None
+) -> BackendName:
+    """Return the name of the backend that would serve a call.
 
     Raises:
         ArgumentError: there is no backend of that name.
         BackendUnavailableError: the backend that was asked for cannot serve the call.
     """
     problem = Problem(device, dtype)
-    implementations = _operators[operator]
+    implementations = _operators[operator].backends
     name = requested_backend() if backend is None else _check_name(backend, f"{operator}: `backend`")
     if name is None:
         for candidate, implementation in implementations.items():
@@ -139,12 +174,12 @@ def chosen_backend(operator: str, device: torch.device, dtype: torch.dtype, back
     return name
 
 
-def select(operator: str, query: Tensor, backend: str | None = None) -> Callable[..., Any]:
-    """The implementation that is to serve a call, judged by its query tensor.
+def select(operator: str, leading: Tensor, backend: BackendName | None = None) -> Callable[..., Any]:
+    """Return the implementation that is to serve a call, judged by the device and dtype of its leading tensor.
 
     Raises:
         ArgumentError: there is no backend of that name.
         BackendUnavailableError: the backend that was asked for cannot serve the call.
     """
-    name = chosen_backend(operator, query.device, query.dtype, backend)
-    return _operators[operator][name].run
+    name = chosen_backend(operator, leading.device, leading.dtype, backend)
+    return _operators[operator].backends[name].run

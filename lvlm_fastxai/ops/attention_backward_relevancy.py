@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lvlm_fastxai.ops import _backends, _dispatch
-from lvlm_fastxai.ops._arguments import Arguments
+from lvlm_fastxai.ops._attention import KIND, AttentionArguments
+from lvlm_fastxai.ops._dispatch import BackendName
 from lvlm_fastxai.reference.attention_backward_relevancy import attention_backward_relevancy as dense
 
 OPERATOR = "attention_backward_relevancy"
@@ -30,7 +31,7 @@ def attention_backward_relevancy(
     query_positions: Tensor | None = None,
     lengths: Tensor | None = None,
     key_ranges: Tensor | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of attention, and row @ mean_h max(0, dP_h ∘ P_h), without ever storing an S×S tensor.
 
@@ -72,7 +73,7 @@ def attention_backward_relevancy(
         >>> found[2][0, 0, 0, :, 0], found[3]
         (tensor([1.5000, 0.5000]), tensor([[[6., 2.]]]))
     """
-    arguments = Arguments(OPERATOR, query, key, value, grad_output, logsumexp, row, output)
+    arguments = AttentionArguments(OPERATOR, query, key, value, grad_output, logsumexp, row, output)
     arguments.check(shared_gradient=False)
     key_start, key_end = arguments.key_ranges(
         causal=causal, window=window, query_positions=query_positions, lengths=lengths, key_ranges=key_ranges
@@ -103,4 +104,4 @@ def _fake(
     )
 
 
-_backends.register(OPERATOR, SCHEMA, dense, _fake)
+_backends.register(OPERATOR, SCHEMA, dense, _fake, kind=KIND)

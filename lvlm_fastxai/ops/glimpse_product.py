@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lvlm_fastxai.errors import ArgumentError
+from lvlm_fastxai.ops import _backends
+from lvlm_fastxai.ops._arguments import check_axes, check_sizes, refuse
+from lvlm_fastxai.ops._dispatch import BackendName
+from lvlm_fastxai.ops.relevancy_product import OPERATOR as PART
 from lvlm_fastxai.ops.relevancy_product import relevancy_product
 
 OPERATOR = "glimpse_product"
@@ -32,7 +35,7 @@ def glimpse_product(
     query_positions: Tensor | None = None,
     lengths: Tensor | None = None,
     key_ranges: Tensor | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """row @ E with E = rownorm(Σ_h w_h max(0, dP_h ∘ P_h)), without ever storing an S×S tensor.
 
@@ -65,22 +68,19 @@ def glimpse_product(
         >>> fx.ops.glimpse_product(q, q, q, q[:, None], lse, torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1), sums)
         tensor([[[[1.5000, 0.5000]]]])
     """
-    if query.dim() != 4 or row.dim() != 4:
-        raise ArgumentError(
-            f"{OPERATOR}: `query` must have shape (B, H, Sq, d) and `row` (B, N, K, Sq), got {tuple(query.shape)} and "
-            f"{tuple(row.shape)}"
-        )
-    batch, heads, queries, _ = query.shape
-    targets = row.shape[1]
-    for name, tensor, shape in (
-        ("grad_output", grad_output, (batch, targets, *query.shape[1:])),
-        ("head_weights", head_weights, (batch, targets, heads)),
-        ("row_sums", row_sums, (batch, targets, heads, queries)),
-    ):
-        if tuple(tensor.shape) != shape:
-            raise ArgumentError(f"{OPERATOR}: `{name}` must have shape {shape}, got {tuple(tensor.shape)}")
-        if name != "grad_output" and (tensor.dtype != row.dtype or tensor.device != row.device):
-            raise ArgumentError(f"{OPERATOR}: `{name}` must be {row.dtype} on {row.device} like `row`")
+    tensors = {
+        "query": (query, "B H Sq d"),
+        "row": (row, "B N K Sq"),
+        "grad_output": (grad_output, "B N H Sq d"),
+        "head_weights": (head_weights, "B N H"),
+        "row_sums": (row_sums, "B N H Sq"),
+    }
+    check_axes(OPERATOR, tensors)
+    check_sizes(OPERATOR, tensors)
+    for name, tensor in (("head_weights", head_weights), ("row_sums", row_sums)):
+        if tensor.dtype != row.dtype:
+            refuse(OPERATOR, name, f"have dtype {row.dtype} like `row`", tensor.dtype)
+    heads, targets = query.shape[1], row.shape[1]
     totals = (head_weights[..., None] * row_sums).sum(2)[:, :, None]  # (B, N, 1, Sq)
     # A total below the smallest normal number is one of values that are zero but for rounding.
     normalised = torch.where(totals >= torch.finfo(row.dtype).tiny, row / totals, 0)
@@ -102,3 +102,6 @@ def glimpse_product(
         ],
         dim=1,
     )
+
+
+_backends.compose(OPERATOR, of=PART)

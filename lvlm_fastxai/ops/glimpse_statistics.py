@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from lvlm_fastxai.ops import _backends, _dispatch
-from lvlm_fastxai.ops._arguments import Arguments
+from lvlm_fastxai.ops._arguments import as_int32, check_choice, check_integers
+from lvlm_fastxai.ops._attention import KIND, AttentionArguments
+from lvlm_fastxai.ops._dispatch import BackendName
 from lvlm_fastxai.ops.key_ranges import real_columns
 from lvlm_fastxai.reference.glimpse_statistics import glimpse_statistics as dense
 
@@ -15,7 +19,8 @@ SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor grad_output, Tensor logsumexp, Tensor key_start, Tensor key_end, "
     "Tensor sum_start, Tensor sum_end, float scale) -> (Tensor, Tensor, Tensor)"
 )
-DOMAINS = ("full", "causal")
+Domain = Literal["full", "causal"]
+DOMAINS: tuple[Domain, ...] = get_args(Domain)
 
 
 def glimpse_statistics(
@@ -25,7 +30,7 @@ def glimpse_statistics(
     grad_output: Tensor,
     logsumexp: Tensor,
     *,
-    domain: str = "full",
+    domain: Domain = "full",
     columns: Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
@@ -33,7 +38,7 @@ def glimpse_statistics(
     query_positions: Tensor | None = None,
     lengths: Tensor | None = None,
     key_ranges: Tensor | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What GLIMPSE (arXiv 2506.18985) has to know of a layer before its rows can be weighted.
 
@@ -54,7 +59,8 @@ def glimpse_statistics(
             that see no key.
         domain: "full" or "causal".
         columns: (B, 2) integers, half-open range of the sample's real keys, for "full"; default the smallest that
-            contains every row's keys. To be given where the rows are a part of the sequence's.
+            contains every row's keys. Give it where the rows are only a part of the sequence. A row's own keys count
+            even where they lie outside.
         scale: softmax scale; default d**-0.5.
         causal: a row at position i sees keys j ≤ i only.
         window: sliding window counting the row itself: i − window < j ≤ i, or |i − j| < window when not causal.
@@ -81,28 +87,26 @@ def glimpse_statistics(
         >>> [part.flatten().tolist() for part in found]
         [[4.0, 4.0], [16.0], [16.0]]
     """
-    arguments = Arguments(OPERATOR, query, key, value, grad_output, logsumexp)
+    arguments = AttentionArguments(OPERATOR, query, key, value, grad_output, logsumexp)
     arguments.check(shared_gradient=False)
     key_start, key_end = arguments.key_ranges(
         causal=causal, window=window, query_positions=query_positions, lengths=lengths, key_ranges=key_ranges
     )
-    if domain not in DOMAINS:
-        arguments.refuse("domain", f"be one of {', '.join(DOMAINS)}", repr(domain))
+    check_choice(OPERATOR, "domain", domain, Domain)
+    # The backends would each have a view of their own of a range that begins behind the last key.
+    keys = key.shape[2]
+    key_start, key_end = key_start.clamp(0, keys), key_end.clamp(0, keys)
     sum_start, sum_end = key_start, key_end
     if domain == "full":
-        seen = key_start < key_end
         if columns is None:
             columns = real_columns(torch.stack((key_start, key_end), dim=-1))
         else:
-            if columns.shape != (query.shape[0], 2):
-                arguments.refuse("columns", f"have shape (B, 2) = {(query.shape[0], 2)}", tuple(columns.shape))
-            if columns.dtype not in (torch.int32, torch.int64):
-                arguments.refuse("columns", "hold int32 or int64", columns.dtype)
-            if columns.device != query.device:
-                arguments.refuse("columns", f"be on {query.device}", columns.device)
-        first, last = columns.to(torch.int32).unbind(-1)
-        sum_start = torch.where(seen, first[:, None], 0)
-        sum_end = torch.where(seen, last[:, None], 0)
+            check_integers(OPERATOR, "columns", columns, [(query.shape[0], 2)], "(B, 2)", query.device)
+            columns = as_int32(OPERATOR, "columns", columns).clamp(0, keys)
+        first, last = columns[:, :1], columns[:, 1:]
+        seen = key_start < key_end
+        sum_start = torch.where(seen, first.minimum(key_start), 0)
+        sum_end = torch.where(seen, last.maximum(key_end), 0)
     run = _dispatch.select(OPERATOR, query, backend)
     return run(
         *(query, key, value, grad_output, logsumexp, key_start, key_end, sum_start, sum_end), arguments.scale(scale)
@@ -125,4 +129,4 @@ def _fake(
     return logsumexp.new_empty(shape), logsumexp.new_empty(shape[:3]), logsumexp.new_empty(shape[:2])
 
 
-_backends.register(OPERATOR, SCHEMA, dense, _fake)
+_backends.register(OPERATOR, SCHEMA, dense, _fake, kind=KIND)

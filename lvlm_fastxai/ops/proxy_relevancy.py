@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lvlm_fastxai.errors import ArgumentError
 from lvlm_fastxai.ops import _backends, _dispatch
-from lvlm_fastxai.ops._backends import SIXTEEN_AND_32_BIT
+from lvlm_fastxai.ops._arguments import check_axes, check_choice, check_dtypes, check_integers, check_sizes, refuse
+from lvlm_fastxai.ops._dispatch import BackendName
 from lvlm_fastxai.reference.proxy_relevancy import proxy_relevancy as dense
 
 OPERATOR = "proxy_relevancy"
@@ -17,8 +17,10 @@ SCHEMA = (
     "(Tensor hidden, Tensor query, Tensor offset, Tensor lengths, float eps, bool centered, bool softmax) "
     "-> (Tensor, Tensor, Tensor)"
 )
-NORMS = ("rms", "layer")
-ACTIVATIONS = ("sigmoid", "softmax")
+Norm = Literal["rms", "layer"]
+Activation = Literal["sigmoid", "softmax"]
+NORMS: tuple[Norm, ...] = get_args(Norm)
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 
 def proxy_relevancy(
@@ -26,11 +28,11 @@ def proxy_relevancy(
     query: Tensor,
     offset: Tensor,
     *,
-    norm: str = "rms",
-    activation: str = "sigmoid",
+    norm: Norm = "rms",
+    activation: Activation = "sigmoid",
     eps: float = 1e-6,
     lengths: Tensor | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A FastRM head (arXiv 2412.01487) with its key projection folded into the query, over all columns of an image.
 
@@ -71,52 +73,23 @@ def proxy_relevancy(
         >>> [[round(x, 3) for x in part.flatten().tolist()] for part in found]
         [[0.881, 0.5], [0.944], [0.764]]
     """
-    _check(hidden, query, offset)
-    if norm not in NORMS:
-        _refuse("norm", f"be one of {', '.join(NORMS)}", repr(norm))
-    if activation not in ACTIVATIONS:
-        _refuse("activation", f"be one of {', '.join(ACTIVATIONS)}", repr(activation))
-    batch, columns, _ = hidden.shape
+    tensors = {"hidden": (hidden, "B S D"), "query": (query, "B N D"), "offset": (offset, "B N")}
+    check_axes(OPERATOR, tensors)
+    check_dtypes(OPERATOR, {"hidden": hidden}, {"query": query, "offset": offset})
+    check_sizes(OPERATOR, tensors)
+    batch, columns, width = hidden.shape
+    if width == 0:
+        refuse(OPERATOR, "hidden", "have a width of at least 1", tuple(hidden.shape))
+    check_choice(OPERATOR, "norm", norm, Norm)
+    check_choice(OPERATOR, "activation", activation, Activation)
     if lengths is None:
         lengths = torch.full((batch,), columns, dtype=torch.int32, device=hidden.device)
-    elif lengths.shape != (batch,):
-        _refuse("lengths", f"have shape (B,) = {(batch,)}", tuple(lengths.shape))
-    elif lengths.dtype not in (torch.int32, torch.int64):
-        _refuse("lengths", "hold int32 or int64", lengths.dtype)
-    elif lengths.device != hidden.device:
-        _refuse("lengths", f"be on {hidden.device} like `hidden`", lengths.device)
-    if lengths.dtype == torch.int64:
-        lengths = lengths.clamp(0, columns).to(torch.int32)  # backends clamp what is int32 already
+    else:
+        check_integers(OPERATOR, "lengths", lengths, [(batch,)], "(B,)", hidden.device)
+        if lengths.dtype == torch.int64:
+            lengths = lengths.clamp(0, columns).to(torch.int32)  # what is int32 already is cut by the backends
     run = _dispatch.select(OPERATOR, hidden, backend)
     return run(hidden, query, offset, lengths, float(eps), norm == "layer", activation == "softmax")
-
-
-def _check(hidden: Tensor, query: Tensor, offset: Tensor) -> None:
-    for name, tensor, axes in (
-        ("hidden", hidden, "(B, S, D)"),
-        ("query", query, "(B, N, D)"),
-        ("offset", offset, "(B, N)"),
-    ):
-        if tensor.dim() != axes.count(",") + 1:
-            _refuse(name, f"have shape {axes}", tuple(tensor.shape))
-        if tensor.device != hidden.device:
-            _refuse(name, f"be on {hidden.device} like `hidden`", tensor.device)
-    if hidden.dtype not in (*SIXTEEN_AND_32_BIT, torch.float64):
-        _refuse("hidden", "be float32, bfloat16, float16 or float64", hidden.dtype)
-    state_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    batch, _, width = hidden.shape
-    targets = query.shape[1]
-    if width == 0:
-        _refuse("hidden", "have a width of at least 1", tuple(hidden.shape))
-    for name, tensor, shape in (("query", query, (batch, targets, width)), ("offset", offset, (batch, targets))):
-        if tensor.dtype != state_dtype:
-            _refuse(name, f"have dtype {state_dtype}", tensor.dtype)
-        if tensor.shape != shape:
-            _refuse(name, f"have shape {shape}", tuple(tensor.shape))
-
-
-def _refuse(name: str, expected: str, got: object) -> NoReturn:
-    raise ArgumentError(f"{OPERATOR}: `{name}` must {expected}, got {got}")
 
 
 def _fake(
@@ -126,4 +99,4 @@ def _fake(
     return query.new_empty((*rows, hidden.shape[1])), query.new_empty(rows), query.new_empty(rows)
 
 
-_backends.register(OPERATOR, SCHEMA, dense, _fake)
+_backends.register(OPERATOR, SCHEMA, dense, _fake, kind="states")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lvlm_fastxai.ops import _backends, _dispatch
-from lvlm_fastxai.ops._arguments import Arguments
+from lvlm_fastxai.ops._attention import KIND, AttentionArguments
+from lvlm_fastxai.ops._dispatch import BackendName
 from lvlm_fastxai.reference.relevancy_product import relevancy_product as dense
 
 OPERATOR = "relevancy_product"
@@ -29,7 +30,7 @@ def relevancy_product(
     query_positions: Tensor | None = None,
     lengths: Tensor | None = None,
     key_ranges: Tensor | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """row @ mean_h max(0, dP_h ∘ P_h) without ever storing an S×S tensor.
 
@@ -69,7 +70,7 @@ def relevancy_product(
         >>> fx.ops.relevancy_product(q, q, q, torch.ones(1, 1, 1, 2, 4), lse, torch.ones(1, 1, 2))
         tensor([[[6., 2.]]])
     """
-    arguments = Arguments(OPERATOR, query, key, value, grad_output, logsumexp, row)
+    arguments = AttentionArguments(OPERATOR, query, key, value, grad_output, logsumexp, row)
     arguments.check(shared_gradient=True)
     key_start, key_end = arguments.key_ranges(
         causal=causal, window=window, query_positions=query_positions, lengths=lengths, key_ranges=key_ranges
@@ -92,4 +93,4 @@ def _fake(
     return row.new_empty((row.shape[0], row.shape[1], key.shape[2]))
 
 
-_backends.register(OPERATOR, SCHEMA, dense, _fake)
+_backends.register(OPERATOR, SCHEMA, dense, _fake, kind=KIND)

@@ -1,17 +1,12 @@
-"""Dense twins: the readable definition of every operation, used as the referee in tests and benchmarks."""
+"""Dense twins: the readable definition of every operator, used as the referee in tests and benchmarks.
+
+Every module here holds the twin of its own name, which is also found as an attribute of this package.
+"""
 
 from __future__ import annotations
 
-from lvlm_fastxai.reference.attention_backward_relevancy import attention_backward_relevancy
-from lvlm_fastxai.reference.glimpse_product import glimpse_product
-from lvlm_fastxai.reference.glimpse_statistics import glimpse_statistics
-from lvlm_fastxai.reference.proxy_relevancy import proxy_relevancy
-from lvlm_fastxai.reference.relevancy_product import relevancy_product
+import importlib
+import pkgutil
 
-__all__ = [
-    "attention_backward_relevancy",
-    "glimpse_product",
-    "glimpse_statistics",
-    "proxy_relevancy",
-    "relevancy_product",
-]
+for _found in pkgutil.iter_modules(__path__):
+    globals()[_found.name] = getattr(importlib.import_module(f"{__name__}.{_found.name}"), _found.name)
