@@ -64,7 +64,7 @@ def sweep_seconds(variant: str, model: Any, inputs: Any, targets: Any, device: s
     """Of the sweep alone."""
     import lvlm_fastxai as fx
     from lvlm_fastxai import methods
-    from lvlm_fastxai.sweep.descent import Sweep
+    from lvlm_fastxai.sweep.forward import Sweep
     from lvlm_fastxai.sweep.targets import check_targets
 
     method, options, compare = VARIANTS[variant]

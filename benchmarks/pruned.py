@@ -93,7 +93,7 @@ class Descents:
 def opened(model: Any, case: Case, method_name: str = "chefer") -> Iterator[Descents]:
     """The case's forward, for any number of descents."""
     from lvlm_fastxai import methods
-    from lvlm_fastxai.sweep.descent import Sweep
+    from lvlm_fastxai.sweep.forward import Sweep
     from lvlm_fastxai.sweep.targets import check_targets
 
     method = methods.find(method_name)(check_targets(case.targets, dict(case.inputs), None), case.inputs)

@@ -19,7 +19,8 @@ import lvlm_fastxai as fx
 from lvlm_fastxai.errors import ArgumentError, UnsupportedModelError
 from lvlm_fastxai.explain.relevancy_rows import explain_rows
 from lvlm_fastxai.methods import Glimpse
-from lvlm_fastxai.sweep.descent import Sweep
+from lvlm_fastxai.sweep.descent import Descent
+from lvlm_fastxai.sweep.forward import Sweep
 from lvlm_fastxai.sweep.sharding import Ranks
 from lvlm_fastxai.sweep.targets import check_targets
 
@@ -147,7 +148,7 @@ def test_the_layer_norm_sums_heads_first() -> None:
     model, inputs, _ = build("llava")
     targets = check_targets([models.answer_targets(inputs, 0)[2]], inputs, None)
     with Sweep(model, inputs, targets.row_table()) as sweep:
-        for step in sweep.descend(targets.scalars(sweep.logits)):
+        for step in Descent(sweep, targets.scalars(sweep.logits)):
             *_, norm = fx.ops.glimpse_statistics(
                 step.query, step.key, step.value, step.grad_output, step.logsumexp, key_ranges=step.key_ranges
             )
@@ -285,7 +286,7 @@ def test_wrong_options_are_named(options: dict[str, Any], name: str) -> None:
 
 def test_heads_on_different_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs, targets = deep(2)
-    monkeypatch.setattr("lvlm_fastxai.sweep.descent.find_ranks", lambda *model: Ranks(2, object()))
+    monkeypatch.setattr("lvlm_fastxai.sweep.forward.find_ranks", lambda *model: Ranks(2, object()))
     with pytest.raises(UnsupportedModelError, match="heads on different ranks"):
         fx.relevancy_rows(model, inputs, targets, method="glimpse")
 

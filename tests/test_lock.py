@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import lvlm_fastxai as fx
 from lvlm_fastxai.models.lock import holding
-from lvlm_fastxai.sweep import attention
+from lvlm_fastxai.sweep.tape import current_tape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,7 +56,7 @@ def test_threads_that_share_a_model_get_the_rows_they_would_get_alone() -> None:
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(work, range(3))) == [[], [], []]
     assert_same(before, fingerprint(model))
-    assert attention.current_tape.get() is None
+    assert current_tape.get() is None
 
 
 def test_tasks_of_an_event_loop_share_a_model() -> None:

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lvlm_fastxai as fx
-from lvlm_fastxai.sweep.descent import Sweep
+from lvlm_fastxai.sweep.descent import Descent
+from lvlm_fastxai.sweep.forward import Sweep
 from lvlm_fastxai.sweep.targets import check_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,7 +106,7 @@ def test_3_the_gradient_of_the_attention_is_rebuilt_from_its_output(name: str) -
     dense = oracle.gradients(logits, kept, target)
     targets = check_targets([target], inputs, None)
     with Sweep(model, inputs, targets.row_table()) as sweep:
-        for step in sweep.descend(targets.scalars(sweep.logits)):
+        for step in Descent(sweep, targets.scalars(sweep.logits)):
             groups = step.query.shape[1] // step.key.shape[1]
             key, value = (x[0].repeat_interleave(groups, dim=0) for x in (step.key, step.value))
             gradient = step.grad_output[0, 0] @ value.mT  # (H, S, S)

@@ -34,10 +34,11 @@ from torch import Tensor, nn
 import lvlm_fastxai as fx
 from lvlm_fastxai.explain.relevancy_rows import RelevancyRows, explain_rows
 from lvlm_fastxai.methods import _base
-from lvlm_fastxai.sweep import attention, pruning
-from lvlm_fastxai.sweep import descent as sweep
-from lvlm_fastxai.sweep.descent import Sweep
+from lvlm_fastxai.sweep import attention, descent, plan, pruning
+from lvlm_fastxai.sweep.descent import Descent
+from lvlm_fastxai.sweep.forward import Sweep
 from lvlm_fastxai.sweep.pruning import Ledger, Selection, rows_of_call, select_rows
+from lvlm_fastxai.sweep.tape import current_tape
 from lvlm_fastxai.sweep.targets import check_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,22 +52,27 @@ RUNS_OF_A_LAYER = {"fast": 1, "lean": 2, "min": 2}
 @pytest.fixture
 def never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """No layer is swept whole, however many of its rows are kept."""
-    monkeypatch.setattr(sweep, "WHOLE_LAYER_SHARE", 2.0)
+    monkeypatch.setattr(descent, "WHOLE_LAYER_SHARE", 2.0)
 
 
 @pytest.fixture
 def descents(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, list[Selection | None]]]:
     """Tolerance and each layer's selection (top layer first) of every descent that the test makes."""
     seen: list[tuple[float, list[Selection | None]]] = []
-    descend = Sweep.descend
+    layers = Descent.__iter__
+    create = Descent.__init__
 
-    def watched(self: Sweep, slots: Sequence[Tensor], **options: Any) -> Iterator[Any]:
+    def created(self: Descent, sweep: Sweep, slots: Sequence[Tensor], *args: Any, **options: Any) -> None:
         seen.append((options.get("row_tolerance", 0.0), []))
-        for step in descend(self, slots, **options):
+        create(self, sweep, slots, *args, **options)
+
+    def watched(self: Descent) -> Iterator[Any]:
+        for step in layers(self):
             seen[-1][1].append(step.selection)
             yield step
 
-    monkeypatch.setattr(Sweep, "descend", watched)
+    monkeypatch.setattr(Descent, "__init__", created)
+    monkeypatch.setattr(Descent, "__iter__", watched)
     return seen
 
 
@@ -138,8 +144,9 @@ def test_the_gradient_at_the_first_layer_is_the_exact_one(name: str) -> None:
     for tolerance in (0.0, ALL_ROWS):
         with Sweep(model, inputs, targets.row_table(), row_tolerance=tolerance) as swept:
             scalars = targets.scalars(swept.logits)
-            assert len(list(swept.descend(scalars, row_tolerance=tolerance))) == len(swept)
-            found.append((torch.stack(swept.input_gradients), swept.first_input))
+            way = Descent(swept, scalars, row_tolerance=tolerance)
+            assert len(list(way)) == len(swept)
+            found.append((torch.stack(way.input_gradients), way.first_input))
     assert found[0][0].shape[0] == len(targets.slots) == 3
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
 
@@ -639,7 +646,7 @@ def test_the_model_comes_back_as_it_was(in_use: tuple[nn.Module, dict], memory: 
     options = {"method": method, "prompt_length": start_of_answer(inputs)}
     fx.relevancy_rows(model, inputs, targets, memory=memory, row_tolerance=0.4, **options)
     assert_same(before, fingerprint(model))
-    assert attention.current_tape.get() is None
+    assert current_tape.get() is None
     assert torch.is_grad_enabled()
 
 
@@ -682,7 +689,7 @@ def test_an_exception_in_the_middle_leaves_nothing_behind(
             fx.relevancy_rows(model, inputs, targets, memory=memory, row_tolerance=0.3)
     assert calls[0] == 2
     assert_same(before, fingerprint(model))
-    assert attention.current_tape.get() is None
+    assert current_tape.get() is None
     assert torch.is_grad_enabled()
     assert list(tmp_path.iterdir()) == []
     assert torch.equal(fx.relevancy_rows(model, inputs, targets, memory=memory, row_tolerance=0.3), expected)
@@ -744,7 +751,7 @@ def test_no_tensor_is_quadratic_in_the_sequence(name: str, descents: list) -> No
         assert all(selection is not None for selection in selections)
         if name != "gemma3":  # its window ends the gradient within a few rows
             bottom = selections[-1].rows
-            assert bottom.shape[-1] > attention.ROW_BLOCK, "fewer rows than a block is high"
+            assert bottom.shape[-1] > plan.ROW_BLOCK, "fewer rows than a block is high"
             assert (bottom.diff(dim=-1) > 1).any(), "rows without a gap need no mask"
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lvlm_fastxai as fx
 from lvlm_fastxai import tiny
 from lvlm_fastxai.explain.relevancy_rows import explain_rows
-from lvlm_fastxai.sweep.descent import Recording
+from lvlm_fastxai.sweep.forward import Recording
 from lvlm_fastxai.sweep.pruning import RELEVANCY_WEIGHT
 from lvlm_fastxai.sweep.recording import Recorder, logits_agree
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 import lvlm_fastxai as fx
 from lvlm_fastxai.errors import ArgumentError, BackendUnavailableError, FastXAIError, UnsupportedModelError
 from lvlm_fastxai.explain.relevancy_rows import explain_rows
-from lvlm_fastxai.methods import _base
-from lvlm_fastxai.sweep import attention
-from lvlm_fastxai.sweep.descent import Sweep
+from lvlm_fastxai.methods import _base, chefer
+from lvlm_fastxai.sweep import attention, flash, plan
+from lvlm_fastxai.sweep.descent import Descent
+from lvlm_fastxai.sweep.forward import Sweep
+from lvlm_fastxai.sweep.tape import Tape, current_tape
 
 MEMORY = ("fast", "lean", "min")
 
@@ -113,7 +115,7 @@ def test_an_exception_anywhere_leaves_nothing_behind(
     if where == "vision":
         monkeypatch.setattr(type(model.model.vision_tower), "forward", fail)
     elif where == "descent":
-        monkeypatch.setattr(_base, "advance", fail)
+        monkeypatch.setattr(chefer, "row_times_relevancy", fail)
     elif where == "product":
         monkeypatch.setattr(attention.ops, "attention_backward_relevancy", fail)
     elif where == "attention":
@@ -124,7 +126,7 @@ def test_an_exception_anywhere_leaves_nothing_behind(
         fx.relevancy_rows(model, inputs, answer_targets(inputs, 0), memory=memory)
     monkeypatch.undo()
     assert_same(before, fingerprint(model))
-    assert attention.current_tape.get() is None
+    assert current_tape.get() is None
     assert torch.is_grad_enabled()
     rows = fx.relevancy_rows(model, inputs, answer_targets(inputs, 0), memory=memory)
     assert torch.isfinite(rows).all()
@@ -164,13 +166,13 @@ def test_more_targets_than_fit_are_chunked(
     batch = _twice(inputs)
     expected = fx.relevancy_rows(model, batch, targets)
     descents = []
-    descend = Sweep.descend
+    create = Descent.__init__
 
-    def counted(self: Sweep, slots: list[Tensor], **kwargs: Any) -> Iterator[Any]:
+    def counted(self: Descent, sweep: Sweep, slots: list[Tensor], *args: Any, **kwargs: Any) -> None:
         descents.append(len(slots))
-        return descend(self, slots, **kwargs)
+        create(self, sweep, slots, *args, **kwargs)
 
-    monkeypatch.setattr(Sweep, "descend", counted)
+    monkeypatch.setattr(Descent, "__init__", counted)
     monkeypatch.setattr(_base, "GRADIENT_BUDGET_BYTES", 1)
     found = fx.relevancy_rows(model, batch, targets, memory=memory)
     assert descents == [1] * (len(targets) // 2)
@@ -352,15 +354,14 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    ("library", "blind"), [(attention._CpuFlash, False), (attention._Blocked, False), (attention._Blocked, True)]
-)
+@pytest.mark.parametrize(("library", "blind"), [(flash.CpuFlash, False), (flash.Blocked, False), (flash.Blocked, True)])
 def test_attention_equals_the_dense_one(
     layout: str, library: type, blind: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Output and all gradients against masked softmax attention in fp64, whatever segments the plan chose."""
-    monkeypatch.setattr(attention, "ROW_BLOCK", 8)
-    monkeypatch.setattr(attention, "_library", lambda query: library)
+    for module in (plan, flash):
+        monkeypatch.setattr(module, "ROW_BLOCK", 8)
+    monkeypatch.setattr(attention, "library_of", lambda query: library)
     torch.manual_seed(0)
     batch, heads, groups, rows, width = 2, 4, 2, 37, 5
     query = torch.randn(batch, heads, rows, width, dtype=torch.float64, requires_grad=True)
@@ -375,20 +376,20 @@ def test_attention_equals_the_dense_one(
     scores = (query @ key.repeat_interleave(2, 1).mT * 0.3).masked_fill(~visible, -1e300)
     probability = scores.softmax(-1) * visible
     dense = probability @ value.repeat_interleave(2, 1)
-    tape = attention.LayerTape()
-    plan = attention.plan_blind(ranges, rows) if blind else attention.plan_attention(ranges)
-    ours = attention.FlashAttention.apply(query, key, value, plan, 0.3, tape)
+    tape = Tape()
+    cover = plan.plan_blind(ranges, rows) if blind else plan.plan_attention(ranges)
+    ours = attention.FlashAttention.apply(query, key, value, cover, 0.3, tape)
     torch.testing.assert_close(ours, dense)
     seen = visible.any(-1).expand(batch, heads, rows)
-    torch.testing.assert_close(tape.logsumexp[seen], scores.logsumexp(-1)[seen])
+    torch.testing.assert_close(tape.record.logsumexp[seen], scores.logsumexp(-1)[seen])
     upstream = torch.randn_like(dense)
     expected = torch.autograd.grad(dense, (query, key, value), upstream)
     found = torch.autograd.grad(ours, (query, key, value), upstream)
     for left, right in zip(found, expected, strict=True):
         torch.testing.assert_close(left, right)
-    assert tape.grad_output is not None
-    torch.testing.assert_close(tape.grad_output, upstream)
-    assert all(segment.rows.stop - segment.rows.start <= 8 for segment in plan.segments if segment.masked)
+    assert tape.record.grad_output is not None
+    torch.testing.assert_close(tape.record.grad_output, upstream)
+    assert all(segment.rows.stop - segment.rows.start <= 8 for segment in cover.segments if segment.masked)
 
 
 def test_plans_use_few_calls() -> None:
@@ -396,12 +397,12 @@ def test_plans_use_few_calls() -> None:
 
     def calls(layout: str) -> int:
         ranges = torch.tensor([LAYOUTS[layout](row, rows) for row in range(rows)], dtype=torch.int32)
-        return len(attention.plan_attention(ranges[None]).segments)
+        return len(plan.plan_attention(ranges[None]).segments)
 
     assert calls("causal") == calls("full") == calls("left padding") == 1
     assert calls("right padding") == 2
-    assert calls("window") <= 2 + rows // attention.ROW_BLOCK
-    assert calls("prefix") <= 2 + rows // attention.ROW_BLOCK
+    assert calls("window") <= 2 + rows // plan.ROW_BLOCK
+    assert calls("prefix") <= 2 + rows // plan.ROW_BLOCK
 
 
 @native

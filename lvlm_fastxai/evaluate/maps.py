@@ -16,7 +16,8 @@ from ..explain.aggregation import aggregate
 from ..explain.relevancy_rows import explain_rows
 from ..methods import GlimpseOptions
 from ..prompting.answering import Answerer, Inputs, batched
-from ..sweep.descent import Sweep
+from ..sweep.descent import Descent
+from ..sweep.forward import Sweep
 from ..sweep.targets import check_targets
 from . import METHODS
 from .cases import Case
@@ -99,10 +100,11 @@ def gradient_input_rows(model: nn.Module, inputs: Mapping[str, Any], targets: Se
     checked = check_targets(targets, dict(inputs), None)
     result = torch.zeros(len(checked), checked.columns)
     with Sweep(model, inputs, checked.row_table()) as sweep:
-        for _ in sweep.descend(checked.scalars(sweep.logits)):
+        descent = Descent(sweep, checked.scalars(sweep.logits))
+        for _ in descent:
             pass
-        for slot, gradient in zip(checked.slots, sweep.input_gradients, strict=True):
-            scores = (gradient * sweep.first_input).sum(-1).abs().detach().float().cpu()  # (B, S)
+        for slot, gradient in zip(checked.slots, descent.input_gradients, strict=True):
+            scores = (gradient * descent.first_input).sum(-1).abs().detach().float().cpu()  # (B, S)
             for target in slot:
                 result[target] = scores[checked.samples[target]]
     return result

@@ -22,7 +22,7 @@ from ..models.lock import holding
 from ..prompting.answering import Answerer
 from ..prompting.inputs import Inputs
 from ..prompting.messages import DEFAULT_TEMPLATE, Message, Prompt, ask, has_chat_template
-from ..sweep.descent import MEMORY_MODES
+from ..sweep.forward import MEMORY_MODES
 from ..sweep.pruning import tolerances
 from ..sweep.recording import Recorder, saves_a_forward
 from .cost import Estimate, estimate_cost

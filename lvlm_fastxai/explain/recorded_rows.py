@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.decoder import unwrap
-from ..sweep.descent import Recording
+from ..sweep.forward import Recording
 from ..sweep.recording import logits_agree
 from ..sweep.sharding import find_ranks
 from .relevancy_rows import RelevancyRows

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import methods
 from ..errors import ArgumentError
 from ..methods import registry
-from ..sweep.descent import Recording, Sweep
+from ..sweep.forward import Recording, Sweep
 from ..sweep.pruning import Certificate
 from ..sweep.targets import check_targets
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import FastXAIError
 from ..prompting.answering import Answer, Answerer
 from ..prompting.inputs import Inputs, longest
-from ..sweep.descent import Recording
+from ..sweep.forward import Recording
 from ..sweep.recording import Recorder
 from .explanation import UntouchedToken
 from .reading import Explained

@@ -1,4 +1,4 @@
-"""Relevancy methods: one class each, a short loop over the layers of a :class:`~lvlm_fastxai.sweep.descent.Sweep`.
+"""Relevancy methods: one class each, which goes down the layers of a :class:`~lvlm_fastxai.sweep.descent.Descent`.
 
 What each method is called, needs and costs stands in :mod:`~lvlm_fastxai.methods.registry`. Names are imported when
 first used, so that importing this package loads no torch.
@@ -15,7 +15,8 @@ from . import registry
 if TYPE_CHECKING:
     from ._base import Method
     from .chefer import Chefer
-    from .glimpse import Glimpse, GlimpseOptions
+    from .glimpse import Glimpse
+    from .glimpse_options import GlimpseOptions
     from .lvlm_interpret import LvlmInterpret
     from .raw_attention import RawAttention
 
@@ -24,7 +25,7 @@ __all__ = ["Chefer", "Glimpse", "GlimpseOptions", "LvlmInterpret", "Method", "Ra
 _HOMES = {
     "Chefer": ".chefer",
     "Glimpse": ".glimpse",
-    "GlimpseOptions": ".glimpse",
+    "GlimpseOptions": ".glimpse_options",
     "LvlmInterpret": ".lvlm_interpret",
     "Method": "._base",
     "RawAttention": ".raw_attention",

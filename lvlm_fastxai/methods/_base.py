@@ -9,10 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..sweep.descent import Collect, LayerStep, Sweep
+from ..sweep.forward import Sweep
 from ..sweep.pruning import DROPPED_FACTOR, MISSING_FACTOR, Certificate, Ledger
-from ..sweep.sharding import Ranks
 from ..sweep.targets import Targets
 
 # Gradients of further targets that are held at once, one (B, S, D) tensor each; more targets go in several descents.
@@ -47,8 +45,6 @@ class Method(ABC):
     estimate: ClassVar[tuple[float, float]] = (MISSING_FACTOR, DROPPED_FACTOR)
     # Whether `row_tolerance="auto"` finds anything to leave out.
     prunes_by_itself: ClassVar[bool] = True
-    # Makes one gradient of all slots'; None where each has its own.
-    collect: Collect | None = None
 
     def __init__(
         self,
@@ -74,6 +70,18 @@ class Method(ABC):
     @abstractmethod
     def rows(self, sweep: Sweep) -> Tensor:
         """(N, S) relevancy of every column for every target, self entry included; fp32 (fp64 for an fp64 model)."""
+
+    def empty_rows(self, sweep: Sweep) -> Tensor:
+        """(N, S) zeros for the result; (0, S) where rows are handed on."""
+        shape = len(self.targets) if self.on_rows is None else 0, self.targets.columns
+        return torch.zeros(shape, dtype=row_dtype(sweep), device=sweep.logits.device)
+
+
+class SweptMethod(Method):
+    """A method whose rows come down the layers of a sweep, as many slots at once as memory allows."""
+
+    def rows(self, sweep: Sweep) -> Tensor:
+        return self.in_chunks(sweep)
 
     def in_chunks(self, sweep: Sweep) -> Tensor:
         """(N, S) rows, (0, S) with ``on_rows``: :meth:`swept` for as many slots at once as memory allows."""
@@ -101,7 +109,7 @@ class Method(ABC):
     def swept(
         self, sweep: Sweep, scalars: Sequence[Tensor], slots: Sequence[Sequence[int]], *, keep: bool = False
     ) -> Tensor:
-        """(B, n, S) rows of ``slots`` after a descent; arguments as in :meth:`Sweep.descend`.
+        """(B, n, S) rows of ``slots`` after a descent; arguments as of a `Descent`.
 
         Where the sweep has several tolerances to try, the first whose estimated error is below the dtype's rounding.
         """
@@ -114,25 +122,11 @@ class Method(ABC):
         self._enter(ledger, row, slots)
         return row
 
+    @abstractmethod
     def descend(
         self, sweep: Sweep, scalars: Sequence[Tensor], slots: Sequence[Sequence[int]], tolerance: float, *, keep: bool
     ) -> tuple[Tensor, Ledger]:
-        """(B, n, S) rows of ``slots`` after one descent, and what it kept."""
-        row, ledger = self.targets.start_rows(slots, sweep.logits.device, row_dtype(sweep)), Ledger(self.estimate)
-        collect = self.collect
-
-        def running() -> Tensor:
-            # Slots that make one gradient together have no rows of their own.
-            return row if collect is None else row.mean(1, keepdim=True)
-
-        # What a product is taken of is known before the backward, unless several slots' gradients are made one.
-        along = running if collect is None else None
-        for step in sweep.descend(
-            scalars, keep=keep, collect=collect, row_tolerance=tolerance, relevancy=running, along=along
-        ):
-            row = advance(row, step, ledger, sweep.ranks)
-            self.advanced(len(scalars), len(sweep))
-        return row, ledger
+        """Return the (B, n, S) rows of ``slots`` after one descent, and what it kept."""
 
     def _enter(self, ledger: Ledger, row: Tensor, slots: Sequence[Sequence[int]]) -> None:
         """Take what a descent over ``slots`` has kept into the method's certificate."""
@@ -149,43 +143,10 @@ class Method(ABC):
         ):
             self.targets.scatter(found, slots, into)
 
-    def empty_rows(self, sweep: Sweep) -> Tensor:
-        """(N, S) zeros for the result; (0, S) where rows are handed on."""
-        shape = len(self.targets) if self.on_rows is None else 0, self.targets.columns
-        return torch.zeros(shape, dtype=row_dtype(sweep), device=sweep.logits.device)
-
 
 def row_dtype(sweep: Sweep) -> torch.dtype:
     """Of running rows and results."""
     return torch.float64 if sweep.logits.dtype == torch.float64 else torch.float32
-
-
-def advance(row: Tensor, step: LayerStep, ledger: Ledger, ranks: Ranks) -> Tensor:
-    """row + row @ mean_h max(0, dP_h ∘ P_h): the running rows (B, N, S) one layer further down."""
-    row = row.to(step.query.device)
-    product = ranks.mean(product_of(row, step))
-    ledger.enter(step.selection, row, product)
-    return row + product
-
-
-def product_of(row: Tensor, step: LayerStep) -> Tensor:
-    """(B, N, S) row @ mean_h max(0, dP_h ∘ P_h), of the backward where it gave that along the way."""
-    if step.product is not None:
-        return step.product.view_as(row)
-    return ops.relevancy_product(
-        *(step.query, step.key, step.value, step.grad_output, step.logsumexp, weights_of(row, step)),
-        scale=step.scale,
-        key_ranges=step.key_ranges,
-    ).view_as(row)
-
-
-def weights_of(row: Tensor, step: LayerStep) -> Tensor:
-    """(B, N, …, S) rows at the step's own query rows, as its tensors have them: (B·N, …, n) where it has a part."""
-    if step.selection is None:
-        return row
-    kept = step.selection.rows.to(row.device)  # (B, N, n)
-    kept = kept.view(*kept.shape[:2], *[1] * (row.dim() - 3), -1).expand(*row.shape[:-1], -1)
-    return row.gather(-1, kept).reshape(step.query.shape[0], -1, kept.shape[-1])
 
 
 def slots_at_once(sweep: Sweep, targets: Targets) -> int:

@@ -12,105 +12,25 @@ the end row = Σ_k c_k / Z^k. Rows of E sum to at most 1 and the α to 1, so wha
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import ArgumentError, UnsupportedModelError
-from ..ops.glimpse_statistics import DOMAINS, Domain
-from ..sweep.descent import LayerStep, Sweep
+from ..errors import UnsupportedModelError
+from ..sweep.descent import Descent, Walk
+from ..sweep.forward import Sweep
 from ..sweep.pruning import Ledger
+from ..sweep.rows import LayerStep
 from ..sweep.targets import Targets
-from ._base import Method, product_of, row_dtype, weights_of
-
-# What cutting the polynomial in 1/Z off may cost of a row of length 1.
-TRUNCATION = 1e-6
-# λ_d was tuned on a backbone with this many layers; "scaled" keeps the prior's shape over all layers.
-TUNED_LAYERS = 64
-
-PROPAGATIONS = {"literal": 0.5, "identity": 1.0}  # how much of α_l a layer adds
-ROUTES = ("one_sweep", "two_sweeps")
+from ._base import SweptMethod, row_dtype
+from .chefer import row_times_relevancy
+from .glimpse_options import PROPAGATIONS, GlimpseOptions
 
 
-@dataclass(frozen=True)
-class GlimpseOptions:
-    """The choices that GLIMPSE (arXiv 2506.18985) leaves, and two of ours.
-
-    Attributes:
-        propagation: "literal", Π (2I + α_l E_l) as the paper writes it, whose common factor 2^L is left out; or
-            "identity", Π (I + α_l E_l).
-        stats_domain: where dP is summed for w and γ: "full", over all columns of the sample as published code does,
-            although no row sees the columns after it, or "causal", over the columns that a row sees.
-        head_temperature: λ of the softmax over heads, above 0.
-        depth_rate: λ_d of the prior over layers; "scaled" is 0.2·64/L for L layers.
-        layers: "all", or "top:F" with 0 < F ≤ 1: the share F of the layers, counted from the top; the others are left
-            out of the product, and of the backward.
-        route: "one_sweep", or "two_sweeps": the first for Z alone. Twice the time; the referee of the other.
-
-    Raises:
-        ArgumentError: a value is none of these.
-
-    Example:
-        >>> GlimpseOptions(layers="top:0.6").lowest(10)
-        4
-    """
-
-    propagation: str = "literal"
-    stats_domain: Domain = "full"
-    head_temperature: float = 0.5
-    depth_rate: float | str = 0.2
-    layers: str = "all"
-    route: str = "one_sweep"
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("propagation", tuple(PROPAGATIONS)),
-            ("stats_domain", DOMAINS),
-            ("route", ROUTES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ArgumentError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if not _is_finite(self.head_temperature) or self.head_temperature <= 0:
-            raise ArgumentError(f"head_temperature: expected a number above 0, got {self.head_temperature!r}")
-        if self.depth_rate != "scaled" and not _is_finite(self.depth_rate):
-            raise ArgumentError(f'depth_rate: expected a number or "scaled", got {self.depth_rate!r}')
-        if not 0 < self._share <= 1:
-            raise ArgumentError(f'layers: expected "all" or "top:F" with 0 < F ≤ 1, got {self.layers!r}')
-
-    @property
-    def _share(self) -> float:
-        if self.layers == "all":
-            return 1.0
-        head, _, share = str(self.layers).partition(":")
-        try:
-            return float(share) if head == "top" else math.nan
-        except ValueError:
-            return math.nan
-
-    def lowest(self, layers: int) -> int:
-        """Index of the lowest of the layers that take part."""
-        return layers - max(1, round(self._share * layers))
-
-    def priors(self, layers: int) -> list[float]:
-        """s_l of every layer, bottom first, but for a common factor, which Z takes out again; the largest is 1."""
-        rate = 0.2 * TUNED_LAYERS / layers if self.depth_rate == "scaled" else float(self.depth_rate)
-        top = max(0.0, rate * (layers - 1))
-        return [math.exp(rate * index - top) for index in range(layers)]
-
-    def terms(self, layers: int) -> int:
-        """K: how many powers of 1/Z are carried; each layer gives one at most."""
-        factor = PROPAGATIONS[self.propagation]
-        enough = next(k for k in itertools.count(1) if factor ** (k + 1) / math.factorial(k + 1) < TRUNCATION)
-        return min(enough, layers - self.lowest(layers))
-
-
-class Glimpse(Method):
+class Glimpse(SweptMethod):
     """The method on a teacher-forced pass over prompt and answer; every row uses the target's own gradient.
 
     Attributes:
@@ -150,57 +70,47 @@ class Glimpse(Method):
         options, layers = self.options, len(sweep)
         start = self.targets.start_rows(slots, sweep.logits.device, row_dtype(sweep))
         if options.route == "one_sweep":
-            rows = _Rows(options, layers, start, options.terms(layers))
+            walk = GlimpseWalk(options, layers, start, options.terms(layers))
         else:
-            first = _Rows(options, layers, start, 0)
-            for _ in self._layers(sweep, first, scalars, tolerance, keep=True):
+            first = GlimpseWalk(options, layers, start, 0)
+            for _ in self._layers(Descent(sweep, scalars, first, row_tolerance=tolerance, keep=True), layers):
                 pass
-            rows = _Rows(options, layers, start, 0, first)
+            walk = GlimpseWalk(options, layers, start, 0, first)
+        if self.compare:
+            walk.chefer = start.clone()
         ledger = Ledger(self.estimate)
-        for step in self._layers(sweep, rows, scalars, tolerance, keep=keep):
+        for step in self._layers(Descent(sweep, scalars, walk, row_tolerance=tolerance, keep=keep), layers):
             ledger.count(step.selection, start)
             self.advanced(len(scalars), layers - options.lowest(layers))
-        ledger.miss(rows.missing())
-        if self.compared is not None:
-            self.targets.scatter(rows.chefer, slots, self.compared)
-        return rows.row(), ledger
+        ledger.miss(walk.missing())
+        if self.compared is not None and walk.chefer is not None:
+            self.targets.scatter(walk.chefer, slots, self.compared)
+        return walk.running(), ledger
 
-    def _layers(
-        self, sweep: Sweep, rows: _Rows, scalars: Sequence[Tensor], tolerance: float, *, keep: bool
-    ) -> Iterator[LayerStep]:
-        """The layers that take part, with ``rows`` advanced through each."""
-
-        def each(step: LayerStep, part: slice) -> None:
-            rows.advance(step, part)
-            if self.compared is not None:
-                rows.advance_chefer(step, part)
-
-        along = None if self.compared is None else lambda: rows.chefer
-        for step in sweep.descend(
-            scalars,
-            keep=keep,
-            each=each,
-            row_tolerance=tolerance,
-            relevancy=rows.row,
-            own=rows.start,
-            along=along,
-        ):
+    def _layers(self, descent: Descent, layers: int) -> Iterator[LayerStep]:
+        """The layers that take part."""
+        for step in descent:
             yield step
-            if step.index == self.options.lowest(len(sweep)):
+            if step.index == self.options.lowest(layers):
                 return
 
 
-class _Rows:
+class GlimpseWalk(Walk):
     """The running rows of one descent: the coefficients of a polynomial in 1/Z, or the rows themselves.
 
     Args:
         start: (B, n, S), e_{q*} of each target.
         terms: K; 0 for a descent that is after Z alone.
         whole: of a descent that has found Z.
+
+    Attributes:
+        chefer: (B, n, S) running rows of `chefer`, for comparison; None if they are not wanted.
     """
 
+    one_by_one: ClassVar[bool] = True
+
     def __init__(
-        self, options: GlimpseOptions, layers: int, start: Tensor, terms: int, whole: _Rows | None = None
+        self, options: GlimpseOptions, layers: int, start: Tensor, terms: int, whole: GlimpseWalk | None = None
     ) -> None:
         self._options = options
         self._priors = options.priors(layers)
@@ -213,11 +123,19 @@ class _Rows:
             torch.zeros(start.shape[:2], dtype=start.dtype, device=start.device) for _ in range(3)
         )
         self._whole = whole
-        self.start = start
-        self.chefer = start.clone()
+        self._start = start
+        self.chefer: Tensor | None = None
 
-    def row(self, part: slice = slice(None)) -> Tensor:
-        """(B, n, S): the rows, were the layer reached so far the lowest."""
+    def identity(self) -> Tensor:
+        """Return e_{q*} of each target: the rows of E sum to one."""
+        return self._start
+
+    def weights(self) -> Tensor | None:
+        """Return `chefer`'s rows: the product of these may be taken along the way."""
+        return self.chefer
+
+    def running(self, part: slice = slice(None)) -> Tensor:
+        """Return the rows (B, n, S), were the layer reached so far the lowest."""
         coefficients, total = self._coefficients[:, part], self._total[:, part]
         inverse = torch.where(total > 0, 1 / total, 0)
         powers = inverse[..., None] ** torch.arange(coefficients.shape[2], device=inverse.device)
@@ -228,7 +146,15 @@ class _Rows:
         inverse = 1 if self._whole is not None else torch.where(self._total > 0, 1 / self._total, 0)
         return self._factor * self._left_out * inverse
 
-    def advance(self, step: LayerStep, part: slice) -> None:
+    def down(self, step: LayerStep, slots: slice) -> None:
+        """Go through one layer, and with `chefer`'s rows too where they are wanted."""
+        self._advance(step, slots)
+        if self.chefer is not None:
+            self.chefer = self.chefer.to(step.query.device)
+            rows = self.chefer[:, slots]
+            self.chefer[:, slots] = rows + row_times_relevancy(rows, step)
+
+    def _advance(self, step: LayerStep, part: slice) -> None:
         """One layer further down, for the slots in ``part``."""
         device = step.query.device
         self._coefficients, self._unit, self._total, self._left_out = (
@@ -245,7 +171,7 @@ class _Rows:
         gain = norm.view(batch, -1) * self._priors[step.index]  # γ·s
         unseen = torch.zeros_like(gain)
         if step.selection is not None:
-            unseen = (self.row(part) * (step.selection.left_out().to(device) > 0)).sum(-1)
+            unseen = (self.running(part) * (step.selection.left_out().to(device) > 0)).sum(-1)
         if self._whole is not None:
             unit, total = self._whole._unit[:, part].to(device), self._whole._total[:, part].to(device)
             share = torch.where(total > 0, gain / unit / total, 0)  # α
@@ -271,24 +197,14 @@ class _Rows:
         self._coefficients[:, part] = rows
         self._reached[part] = [reached + 1] * len(self._reached[part])
 
-    def advance_chefer(self, step: LayerStep, part: slice) -> None:
-        """`chefer`'s rows one layer further down."""
-        self.chefer = self.chefer.to(step.query.device)
-        rows = self.chefer[:, part]
-        self.chefer[:, part] = rows + product_of(rows, step)
-
     def _product(self, step: LayerStep, rows: Tensor, row_sums: Tensor, gradient_sums: Tensor) -> Tensor:
         """(B, g, K, S) rows @ E."""
         where_positive = torch.where(gradient_sums > 0, row_sums.sum(-1) / gradient_sums, 0)
         head_weights = (where_positive / self._options.head_temperature).softmax(-1)
-        weights = weights_of(rows, step).view(step.query.shape[0], 1, rows.shape[2], -1)
+        weights = step.at_rows(rows).view(step.query.shape[0], 1, rows.shape[2], -1)
         product = ops.glimpse_product(
             *(step.query, step.key, step.value, step.grad_output, step.logsumexp, weights, head_weights, row_sums),
             scale=step.scale,
             key_ranges=step.key_ranges,
         )
         return product.view_as(rows)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

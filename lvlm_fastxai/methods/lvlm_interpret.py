@@ -19,12 +19,40 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..sweep.descent import Sweep
+from ..sweep.forward import Sweep
+from ..sweep.pruning import Ledger
 from ..sweep.targets import Targets
-from ._base import Method
+from .chefer import Chefer, CheferWalk
 
 
-class LvlmInterpret(Method):
+class JoinedWalk(CheferWalk):
+    """`chefer`'s rows, every one by the same gradient: each row's from the token whose own it is."""
+
+    joins: ClassVar[bool] = True
+
+    def __init__(self, start: Tensor, sweep: Sweep, ledger: Ledger, explained: Targets) -> None:
+        super().__init__(start, ledger, sweep.ranks)
+        self._explained = explained
+
+    def join(self, layer: int, grad_outputs: list[Tensor], rows: Tensor | None) -> Tensor:
+        joined = grad_outputs[0].clone()
+        for number, slot in enumerate(self._explained.slots[1:], start=1):
+            for token in slot:
+                sample, row = self._explained.samples[token], self._explained.query_rows[token]
+                # The slots share their rows, the union of what each keeps.
+                at = row if rows is None else rows[sample] == row
+                joined[sample, :, at] = grad_outputs[number][sample, :, at]
+        return joined[:, None]
+
+    def running(self) -> Tensor:
+        """Return the mean of the rows: a gradient that the slots share belongs to none of them."""
+        return self.row.mean(1, keepdim=True)
+
+    def weights(self) -> None:
+        """Return None: the joined gradient is known after all slots' backwards only."""
+
+
+class LvlmInterpret(Chefer):
     """The tool's maps, its two post-steps included. Needs ``prompt_length`` S0: the answer starts at that column."""
 
     name: ClassVar[str] = "lvlm_interpret"
@@ -80,16 +108,8 @@ class LvlmInterpret(Method):
         targets.scatter(row, targets.slots, result)
         return normalise(result, targets)
 
-    def collect(self, layer: int, grad_outputs: list[Tensor], rows: Tensor | None) -> Tensor:
-        """(B, 1, H, n, d): one gradient for all rows, each row's from the token whose own it is."""
-        joined = grad_outputs[0].clone()
-        for number, slot in enumerate(self.explained.slots[1:], start=1):
-            for token in slot:
-                sample, row = self.explained.samples[token], self.explained.query_rows[token]
-                # The slots share their rows, the union of what each keeps.
-                at = row if rows is None else rows[sample] == row
-                joined[sample, :, at] = grad_outputs[number][sample, :, at]
-        return joined[:, None]
+    def walk(self, start: Tensor, sweep: Sweep) -> CheferWalk:
+        return JoinedWalk(start, sweep, Ledger(self.estimate), self.explained)
 
 
 def normalise(rows: Tensor, targets: Targets) -> Tensor:

@@ -1,696 +1,208 @@
-"""One forward pass whose backward can be walked down layer by layer: what every gradient method is written on.
+"""The way down: the gradients of N slots, from the explained logits through the layers to the first layer's input.
 
-:class:`Sweep` runs the model once. Every decoder layer's input becomes a leaf and its output is detached, so that each
-layer is a graph of its own: kept alive (``memory="fast"``), or recomputed when the sweep comes down to it
-(``"lean"``, and ``"min"``, which also moves the layer inputs off the device). :meth:`Sweep.descend` then yields one
-:class:`LayerStep` per layer, top first, with the dO of every target. A method is a loop over these steps.
-
-No model code is needed or patched: hooks on the decoder layers for the one forward, the registered attention, and the
-layers' own modules for the recomputation. What a model computes between two layers (Qwen3-VL adds visual features
-there) keeps its own small graph and is differentiated like the rest.
+A method says what it does with a layer in a :class:`Walk`. The :class:`Descent` does the rest: it chooses the rows that
+take part, takes the gradients through the layer and hands the method its queries, keys, values and dO.
 """
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import ArgumentError, UnsupportedModelError
-from ..models.decoder import find_decoder_layers
-from ..models.lock import holding
-from ..ops.key_ranges import real_columns
-from . import attention
-from .attention import KeysTaken, LayerTape, current_tape
-from .pruning import (
-    ROUNDING_ERROR,
-    WHOLE_LAYER_SHARE,
-    Selection,
-    reason_against,
-    rows_of_call,
-    select_rows,
-    take_rows,
-    tolerances,
-)
-from .sharding import find_ranks
+from .forward import Sweep
+from .pruning import WHOLE_LAYER_SHARE, Selection, select_rows
+from .rows import Group, LayerStep, joined, through_all_rows, through_selected_rows, together
+from .tape import Tape
 
-MEMORY_MODES = ("fast", "lean", "min")
-
-# (layer index, dO (B,H,n,d) of each slot, the rows (B,n) they stand at or None for all) -> (B,N',H,n,d)
-Collect = Callable[[int, list[Tensor], Tensor | None], Tensor]
-# One layer of the slots in the slice, as soon as their dO is known.
-Each = Callable[["LayerStep", slice], None]
-# (number of the slot, its gradient (B,S,D) at the layer's input, last=whether nothing will need this graph again)
-HandOn = Callable[..., None]
+Gradients = Sequence[Tensor | None]  # (B, S, D) of each slot at a layer's output; None for zeros
 
 
-@dataclass(slots=True)
-class LayerStep:
-    """One layer on the way down; its tensors are let go when the next step is asked for.
-
-    query (B,H,Sq,d) · key, value (B,Hkv,Sk,d) · logsumexp (B,H,Sq) · key_ranges (B,Sq,2) int32 · scale ·
-    grad_output (B,N,H,Sq,d): dO of each slot of targets (or what ``collect`` made of them) · selection: None for all
-    rows. Where it is given, the query rows are ``selection.rows`` (B,N,n): each slot has rows of its own, so samples
-    and slots share the first axis, B·N long, and the targets' axis has length one; ``collect`` makes one slot of all.
-    product (B,N,Sk), or (B·N,1,Sk) where there is a selection: what `relevancy_product` would give for the running
-    rows, where the backward gave it along the way; grad_output is empty then.
-    columns (B,2), or (B·N,2): half-open range of each sample's real columns, which a part's key_ranges do not tell.
-    """
-
-    index: int
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    logsumexp: Tensor
-    key_ranges: Tensor
-    scale: float
-    grad_output: Tensor
-    selection: Selection | None = None
-    product: Tensor | None = None
-    columns: Tensor | None = None
-
-    def _release(self) -> None:
-        # The caller's loop variable would keep these alive while the next layer is recomputed, at lean mode's peak.
-        self.query = self.key = self.value = self.logsumexp = self.grad_output = torch.empty(0)
-        self.product = None
-
-
-@dataclass(slots=True)
-class _Layer:
-    """A decoder layer as the forward met it."""
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    input: Any  # leaf (B, S, D), or the ticket of an offloaded one
-    bridge: Tensor | None = None  # the input before it was made a leaf, where the model changed it between layers
-    graph: Any = None  # the gradient edge of its output, which holds the layer's graph; kept in fast mode only
-    boundary: Any = None  # the gradient edge at which the graph above this layer ends
-    keys: tuple[Tensor, Tensor, Tensor] | None = None  # key and value with their graph, key ranges: of a pruned sweep
-    tape: LayerTape = field(default_factory=LayerTape)
-
-
-@dataclass(frozen=True)
-class Recording:
-    """What a sweep can start from in the place of a forward: the decoder's pass over S positions of one sample.
+class Walk:
+    """What a method does on the way down. A method overrides the hooks that it needs.
 
     Attributes:
-        inputs: (1, S, D) input of every layer, bottom layer first.
-        kwargs: keyword arguments of every layer's call, for all S rows.
-        output: (1, S, D) output of the last layer.
-        norm: the module between the last layer and the output embeddings.
+        one_by_one: take every slot, or group of slots, as soon as its dO is there, so that the dO of only one is held.
+        joins: whether :meth:`join` makes one dO of all slots'. They then share their rows: see `select_rows`.
     """
 
-    inputs: list[Tensor]
-    kwargs: list[dict[str, Any]]
-    output: Tensor
-    norm: nn.Module
+    one_by_one: ClassVar[bool] = False
+    joins: ClassVar[bool] = False
 
-    @property
-    def columns(self) -> int:
-        """S."""
-        return self.output.shape[1]
+    def running(self) -> Tensor | None:
+        """Return the rows (B, N, S) above the next layer, or (B, 1, S) where slots are joined: its rows are chosen by
+        them. None to choose by the gradients alone."""
+        return None
 
-    @property
-    def nbytes(self) -> int:
-        """Of the layer inputs and the output; what is handed to every layer alike is small beside them."""
-        return sum(tensor.nbytes for tensor in (*self.inputs, self.output))
+    def identity(self) -> Tensor | None:
+        """Return (B, N, S) identity rows if the method normalises the rows of its layers: see `select_rows`."""
+        return None
+
+    def weights(self) -> Tensor | None:
+        """Return the rows (B, N, S) whose product a backward may give along the way; None if none is known yet."""
+        return None
+
+    def join(self, layer: int, grad_outputs: list[Tensor], rows: Tensor | None) -> Tensor:
+        """Make one dO (B, 1, H, n, d) of the slots' (B, H, n, d), which stand at ``rows`` (B, n), or at all rows."""
+        raise NotImplementedError
+
+    def down(self, step: LayerStep, slots: slice) -> None:
+        """Go down through one layer with the slots that ``step`` holds."""
 
 
-class Sweep:
-    """The forward pass of ``model`` on ``inputs``, ready to be swept. Use as a context manager: it restores the model.
+class RowChoice(Protocol):
+    """Which rows of a layer take part."""
+
+    def choose(self, above: Gradients, walk: Walk) -> Selection | None:
+        """Return a part of the rows, or None for all of them, by the gradients at the layer's output."""
+
+
+class AllRows:
+    """Every row of every layer: the exact sweep."""
+
+    def choose(self, above: Gradients, walk: Walk) -> Selection | None:
+        """Return None: all rows."""
+        return None
+
+
+class RowsWithGradient:
+    """The rows that hold a share 1 − ``tolerance`` of a layer's score: the pruned sweep (see `select_rows`)."""
+
+    def __init__(self, sweep: Sweep, tolerance: float) -> None:
+        self._sweep = sweep
+        self._tolerance = tolerance
+
+    def choose(self, above: Gradients, walk: Walk) -> Selection | None:
+        """Return the rows to keep, or None where they are so many that the whole layer costs less."""
+        running, agree = walk.running(), self._sweep.ranks.agree
+        selection = select_rows(
+            row_norms(above), self._tolerance, relevancy=running, own=walk.identity(), shared=walk.joins
+        )
+        selection = Selection(*map(agree, (selection.rows, selection.counts, selection.norms)))
+        return selection if selection.rows.shape[-1] <= WHOLE_LAYER_SHARE * self._sweep.columns else None
+
+
+def row_norms(gradients: Gradients) -> Tensor:
+    """(B, N, S) Euclidean norms of the rows of N gradients (B, S, D), in fp32 or above."""
+    present = next(gradient for gradient in gradients if gradient is not None)
+    norms = [
+        present.new_zeros(present.shape[:2], dtype=torch.float32)
+        if gradient is None
+        else torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        for gradient in gradients
+    ]
+    return torch.stack(norms, dim=1)
+
+
+class Descent:
+    """One way down the layers of a sweep: iterate over it once. Every layer is a :class:`LayerStep`, top layer first.
 
     Args:
-        model: a transformers image-text-to-text or causal-LM model; put back exactly as it was on exit.
-        inputs: keyword arguments of ``model.forward`` for B samples of S columns.
-        query_rows: (B, R) int64, the rows whose logits are wanted.
-        memory: "fast" keeps every layer's activations, "lean" only its input, "min" only its input off the device.
-        row_tolerance: ε of the pruned sweep, or "auto"; every layer's input is then all that the forward keeps, and
-            "fast" keeps the layers' keys and values from one descent to the next. 0 is exact.
-        recording: what ``generate()`` computed for ``inputs``; it takes the forward's place.
+        sweep: the forward, entered.
+        slots: N scalars, each a sum of explained logits of different samples; one backward each, over one forward.
+        walk: what is done with every layer, before the layer's step is handed out.
+        row_tolerance: ε, one of ``sweep.tolerances``; 0 for all rows.
+        keep: keep the activations for another descent (fast mode; the other modes recompute anyway).
 
     Attributes:
-        tolerances: what to try in turn, the last one whatever its error.
-        error_limit: the estimated error below which an earlier one will do.
-        ranks: over which the model's heads are split; every rank makes the same sweep.
-        fallback: why layers are swept whole although ``row_tolerance`` is not 0; None if they are not.
-        logits: (B, R, V) at ``query_rows``, in the model's dtype.
-        input_gradients: after a descent, one (B, S, D) gradient at the first layer's input per slot.
-        first_input: (B, S, D) the first layer's input (the merged embeddings), after the descent.
-
-    Raises:
-        UnsupportedModelError: the model has no decoder layers that can be found, or they never call the registered
-            attention.
+        first_input: (B, S, D) the first layer's input (the merged embeddings), after the last layer.
+        input_gradients: (B, S, D) gradient at the first layer's input, one per slot, after the last layer.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        query_rows: Tensor,
-        memory: str = "fast",
-        row_tolerance: float | str = 0.0,
-        recording: Recording | None = None,
+        sweep: Sweep,
+        slots: Sequence[Tensor],
+        walk: Walk | None = None,
+        *,
+        row_tolerance: float = 0.0,
+        keep: bool = False,
     ) -> None:
-        if memory not in MEMORY_MODES:
-            raise ArgumentError(f"memory: expected one of {', '.join(MEMORY_MODES)}, got {memory!r}")
-        self.memory = memory
-        self.fallback: str | None = None
-        self.model = model
-        self.query_rows = query_rows
-        self._inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        self._decoder, self._modules = find_decoder_layers(model)
-        self.ranks = find_ranks(model, self._text_config)
-        shape = next(inputs[name].shape for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
-        dtype: Any = model.dtype
-        self._columns = int(shape[1])
-        self.tolerances = tolerances(row_tolerance, dtype, self._columns)
-        self.error_limit = ROUNDING_ERROR.get(dtype, 0.0)
-        self._recording = recording
-        self._keep_graphs = memory == "fast" and self.tolerances == (0.0,) and recording is None
-        self._layers: list[_Layer] = []
-        self._resources = contextlib.ExitStack()
-        self._store = _Store()
-        self._anchor = torch.empty(0, requires_grad=True)
-        self._last_output: Tensor | None = None
-        self.logits: Tensor
+        self._sweep = sweep
+        self._slots = slots
+        self._walk = walk or Walk()
+        self._keep = keep
+        if row_tolerance > 0 and sweep.fallback is None:
+            sweep.fallback = sweep.reason_against_parts()
+        exact = row_tolerance == 0 or sweep.fallback is not None
+        self._choice: RowChoice = AllRows() if exact else RowsWithGradient(sweep, row_tolerance)
+        # Of every slot: layer → gradient at its output. More than one entry is open only while a model feeds an earlier
+        # layer's output past the next layer.
+        self._open: list[dict[int, Tensor]] = [{} for _ in slots]
         self.input_gradients: list[Tensor] = []
         self.first_input: Tensor
 
-    def __enter__(self) -> Sweep:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(prepared(self.model, self._decoder))
-            stack.enter_context(self._store)
-            stack.enter_context(torch.enable_grad())
-            if self._recording is None:
-                self._forward()
-            else:
-                self._replay(self._recording)
-            self._resources = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._layers.clear()
-        self._resources.close()
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-    @property
-    def _text_config(self) -> Any:
-        config: Any = self._decoder.config
-        return config.get_text_config()
-
-    @property
-    def hidden_size(self) -> int:
-        return int(self._text_config.hidden_size)
-
-    def top_layer(self) -> LayerTape:
-        """The last layer's tape without a backward (``grad_output`` is None)."""
-        layer = self._layers[-1]
-        if layer.graph is None:
-            self._recompute(layer)
-        return layer.tape
-
-    def descend(
-        self,
-        slots: Sequence[Tensor],
-        *,
-        keep: bool = False,
-        collect: Collect | None = None,
-        each: Each | None = None,
-        row_tolerance: float = 0.0,
-        relevancy: Callable[[], Tensor] | None = None,
-        own: Tensor | None = None,
-        along: Callable[[], Tensor] | None = None,
-    ) -> Iterator[LayerStep]:
-        """Walk down from the top layer.
-
-        Args:
-            slots: N scalars, each a sum of explained logits of different samples; one backward each, over one forward.
-            keep: keep the activations for another descent (fast mode; the others recompute anyway).
-            collect: makes one dO of all slots'; they are stacked by default. The slots then share their rows.
-            each: takes every layer of every slot, or group of slots, as soon as its dO is there, so that the dO of only
-                one is held at a time. What is yielded then has no tensors but the selection's.
-            row_tolerance: ε; one of ``tolerances``.
-            relevancy: gives the running rows (B, N, S), or (B, 1, S) with ``collect``, as they are above the next
-                layer, for the choice of its rows.
-            own: (B, N, S) identity rows, for a method that normalises the rows of its layers: see `select_rows`.
-            along: gives the rows (B, N, S) whose product a backward may give along the way; not with ``collect``.
-        """
-        top = len(self._layers) - 1
-        # gradients[n][l]: of slot n at the output of layer l. More than one entry is open only while a model feeds an
-        # earlier layer's output past the next layer.
-        gradients: list[dict[int, Tensor]] = [{} for _ in slots]
-        for number, slot in enumerate(slots):
-            self._pull(slot, None, top, gradients[number], keep=keep or number + 1 < len(slots))
-        self.input_gradients = []
-        if row_tolerance > 0 and self.fallback is None:
-            self.fallback = self._reason_against_parts()
+    def __iter__(self) -> Iterator[LayerStep]:
+        top = len(self._sweep) - 1
+        for number, slot in enumerate(self._slots):
+            self._pull(number, slot, None, top, keep=self._keep or number + 1 < len(self._slots))
         for index in range(top, -1, -1):
-            layer = self._layers[index]
-
-            def hand_on(number: int, gradient: Tensor, *, last: bool, index: int = index) -> None:
-                bridge = self._layers[index].bridge
-                if index == 0:
-                    self.input_gradients.append(gradient)
-                elif bridge is None:
-                    _accumulate(gradients[number], index - 1, gradient)
-                else:
-                    self._pull(bridge, gradient, index - 1, gradients[number], keep=not last)
-
-            incoming = [part.pop(index, None) for part in gradients]
-            running = None if relevancy is None else relevancy()
-            selection = self._select(incoming, row_tolerance, running, own, shared=collect is not None)
-            weights = None if along is None else along()
-            if selection is None:
-                step = self._whole(index, incoming, hand_on, keep, collect, each, weights)
-            else:
-                step = self._part(index, incoming, selection, hand_on, keep, collect, each, weights)
-            if not keep or not self._keep_graphs:
-                layer.graph, layer.tape = None, LayerTape()
-            if not keep or self.memory != "fast":
-                layer.keys = None
-            if not keep:
-                layer.input = layer.bridge = None
+            step = self._through(index)
+            self._let_go(index)
             yield step
-            step._release()
+            step.release()
 
-    def _whole(
-        self,
-        index: int,
-        incoming: list[Tensor | None],
-        hand_on: HandOn,
-        keep: bool,
-        collect: Collect | None,
-        each: Each | None,
-        weights: Tensor | None,
-    ) -> LayerStep:
-        """Backward of every slot through all rows of a layer."""
-        layer = self._layers[index]
-        leaf = self._recompute(layer) if layer.graph is None else layer.input
-        tape, collected, products = layer.tape, [], []
-        for number in range(len(incoming)):
-            last = not keep and number + 1 == len(incoming)
-            gradient, incoming[number] = incoming[number], None
-            if gradient is None:
-                gradient = torch.zeros_like(leaf)
-            tape.weigh(None if weights is None else weights[:, number, None])
-            (gradient,) = torch.autograd.grad(layer.graph, leaf, gradient, retain_graph=not last)
-            grad_output = _grad_output([tape], index, leaf.shape[0])[:, 0]
-            if each is not None:
-                each(_step(index, tape, grad_output[:, None], None), slice(number, number + 1))
-            elif tape.product is None:
-                collected.append(grad_output)
+    def _through(self, index: int) -> LayerStep:
+        """Take all slots through one layer, and the method with them."""
+        walk, sweep = self._walk, self._sweep
+        above = [gradients.pop(index, None) for gradients in self._open]
+        selection = self._choice.choose(above, walk)
+        if selection is None:
+            groups = through_all_rows(sweep, index, above, walk.weights(), keep=self._keep)
+        else:
+            groups = through_selected_rows(sweep, index, above, selection, walk.weights(), keep=self._keep)
+        steps = []
+        for group in groups:
+            if walk.one_by_one:
+                walk.down(group.step, group.slots)
+                group.step.release()
+            elif group.step.product is not None:
+                group.step.grad_output = torch.empty(0)
+            steps.append(group.step)
+            self._hand_on(index, group)
+            self.first_input = group.leaf.detach()
+        if walk.one_by_one:
+            return replace(steps[0], selection=selection)
+        step = joined(steps, selection, walk.join) if walk.joins else together(steps, selection)
+        walk.down(step, slice(0, len(self._slots)))
+        return step
+
+    def _hand_on(self, index: int, group: Group) -> None:
+        """Take a group's gradients at a layer's input to the outputs of the layers that it was made of."""
+        bridge = self._sweep.layers[index].bridge
+        for number, gradient in zip(range(len(self._slots))[group.slots], group.gradients, strict=True):
+            if index == 0:
+                self.input_gradients.append(gradient)
+            elif bridge is None:
+                self._add(number, index - 1, gradient)
             else:
-                products.append(tape.product)
-            del grad_output
-            hand_on(number, gradient, last=last)
+                last = not self._keep and number + 1 == len(self._slots)
+                self._pull(number, bridge, gradient, index - 1, keep=not last)
             del gradient
-        if index == 0:
-            self.first_input = leaf.detach()
-        if each is not None:
-            return _empty_step(index, None)
-        if products:
-            tape.product = torch.cat(products, dim=1)
-            return _step(index, tape, None, None)
-        gathered = _stack(collected) if collect is None else collect(index, collected, None)
-        return _step(index, tape, gathered, None)
 
-    def _part(
-        self,
-        index: int,
-        incoming: list[Tensor | None],
-        selection: Selection,
-        hand_on: HandOn,
-        keep: bool,
-        collect: Collect | None,
-        each: Each | None,
-        weights: Tensor | None,
-    ) -> LayerStep:
-        """Backward of every slot through the selected rows of a layer, recomputed, and through all keys and values."""
-        layer = self._layers[index]
-        leaf = self._store.get(layer.input)
-        rows = selection.rows.to(leaf.device)  # the layer's output may be on another
-        if layer.keys is None:
-            layer.keys = self._take_keys(layer, leaf)
-        key, value, key_ranges = layer.keys
-        batch, slots, count = rows.shape
-        # As many slots at once as have together no more rows than the layer, which is what an exact sweep would run.
-        at_once = max(1, leaf.shape[1] // count)
-        tapes: list[LayerTape] = []
-        for first in range(0, slots, at_once):
-            chosen = rows[:, first : first + at_once]
-            group = chosen.shape[1]
-
-            def fold(tensor: Tensor, group: int = group) -> Tensor:
-                return tensor.detach()[:, None].expand(-1, group, *tensor.shape[1:]).flatten(0, 1).requires_grad_()
-
-            part = take_rows(leaf.detach(), chosen).requires_grad_()
-            seen = fold(key), fold(value)
-            tape = LayerTape(given=(*seen, take_rows(key_ranges, chosen)))
-            output = self._call(layer, tape, part, rows_of_call(layer.kwargs, chosen, leaf.shape[1]))
-            of_group = None
-            if weights is not None:
-                of_group = weights[:, first : first + group].to(chosen.device).gather(2, chosen).flatten(0, 1)[:, None]
-            tape.weigh(of_group)
-            above = [
-                torch.zeros_like(leaf) if full is None else full.to(leaf.device)
-                for full in incoming[first : first + group]
-            ]
-            incoming[first : first + group] = [None] * group
-            gradient = torch.stack([take_rows(full, chosen[:, n, None]) for n, full in enumerate(above)], dim=1)
-            found = torch.autograd.grad(output, (part, *seen), gradient.flatten(0, 1).to(output.device))
-            del output, gradient, part, seen
-            tape.given = None
-            if each is None:
-                tapes.append(tape)
-            else:
-                slots_of_group = slice(first, first + group)
-                part_of = Selection(chosen, selection.counts[:, slots_of_group], selection.norms[:, slots_of_group])
-                step = _step(index, tape, _grad_output([tape], index, batch).flatten(0, 1)[:, None], part_of)
-                step.columns = real_columns(key_ranges).repeat_interleave(group, dim=0)
-                each(step, slots_of_group)
-                step._release()
-            rows_gradient, key_gradient, value_gradient = (each.unflatten(0, (batch, group)) for each in found)
-            for number in range(group):
-                last = not keep and first + number + 1 == slots
-                (down,) = torch.autograd.grad(
-                    (key, value), leaf, (key_gradient[:, number], value_gradient[:, number]), retain_graph=not last
-                )
-                where = chosen[:, number, :, None].expand(-1, -1, down.shape[-1])
-                # The gradient of rows that are left out goes past the layer, on its residual connection.
-                down += above[number].scatter(1, where, rows_gradient[:, number])
-                hand_on(first + number, down, last=last)
-                del down
-            del above
-        if index == 0:
-            self.first_input = leaf.detach()
-        if each is not None:
-            return _empty_step(index, selection)
-        if tapes[0].product is not None:
-            return _step(index, _joined(tapes, batch), None, selection)
-        grad_output = _grad_output(tapes, index, batch)
-        if collect is None:
-            return _step(index, _joined(tapes, batch), grad_output.flatten(0, 1)[:, None], selection)
-        shared = _first_slot(tapes[0], batch)
-        # What the joined gradient's rows weigh: each by the slot that it comes from.
-        norms = collect(index, [norm[:, None, :, None] for norm in selection.norms.unbind(1)], None)
-        one = Selection(selection.rows[:, :1], selection.counts.amax(1, keepdim=True), norms[:, :, 0, :, 0])
-        return _step(index, shared, collect(index, list(grad_output.unbind(1)), selection.rows[:, 0]), one)
-
-    def _reason_against_parts(self) -> str | None:
-        """Why the layers cannot be called on a part of their rows. One that cannot speaks for all: a sweep that has
-        pruned above it would not be exact."""
-        for layer in self._layers:
-            reason = reason_against(layer.args, layer.kwargs, self._columns)
-            if reason is not None:
-                return f"{type(layer.module).__name__}: {reason}"
-        return None
-
-    def _select(
-        self,
-        incoming: list[Tensor | None],
-        tolerance: float,
-        running: Tensor | None,
-        own: Tensor | None,
-        *,
-        shared: bool,
-    ) -> Selection | None:
-        """Rows to keep, or None for all of them."""
-        if tolerance == 0 or self.fallback is not None:
-            return None
-        present = next(gradient for gradient in incoming if gradient is not None)
-        norms = [
-            present.new_zeros(present.shape[:2], dtype=torch.float32)
-            if gradient is None
-            else torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.promote_types(gradient.dtype, torch.float32))
-            for gradient in incoming
-        ]
-        selection = select_rows(torch.stack(norms, dim=1), tolerance, relevancy=running, own=own, shared=shared)
-        selection = Selection(*map(self.ranks.agree, (selection.rows, selection.counts, selection.norms)))
-        return selection if selection.rows.shape[-1] <= WHOLE_LAYER_SHARE * self._columns else None
-
-    def _pull(
-        self, tensor: Tensor, gradient: Tensor | None, below: int, into: dict[int, Tensor], *, keep: bool
-    ) -> None:
-        """Differentiate ``tensor`` with respect to every layer output it was made from."""
+    def _pull(self, number: int, tensor: Tensor, gradient: Tensor | None, below: int, *, keep: bool) -> None:
+        """Differentiate ``tensor`` with respect to every layer output that it was made of."""
         # A recording knows the boundary below the last layer's output only; no state goes past a layer in it.
-        sources = {i: layer.boundary for i, layer in enumerate(self._layers[: below + 1]) if layer.boundary is not None}
+        layers = self._sweep.layers[: below + 1]
+        sources = {index: layer.boundary for index, layer in enumerate(layers) if layer.boundary is not None}
         found = torch.autograd.grad(tensor, list(sources.values()), gradient, retain_graph=keep, allow_unused=True)
         for index, part in zip(sources, found, strict=True):
             if part is not None:
-                _accumulate(into, index, part)
+                self._add(number, index, part)
 
-    def _forward(self) -> None:
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        if head is None:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} has no output embeddings, so no logits to explain"
-            )
+    def _add(self, number: int, index: int, gradient: Tensor) -> None:
+        gradients = self._open[number]
+        gradients[index] = gradients[index] + gradient if index in gradients else gradient
 
-        def keep_rows(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden = args[0]
-            rows = self.query_rows.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
-            return (hidden.gather(1, rows), *args[1:])
-
-        with contextlib.ExitStack() as hooks:
-            hooks.callback(head.register_forward_pre_hook(keep_rows).remove)
-            hooks.callback(current_tape.set, None)
-            for module in self._modules:
-                hooks.callback(module.register_forward_pre_hook(self._enter_layer, with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(self._leave_layer).remove)
-            accepted = inspect.signature(self.model.forward).parameters
-            extra = {"use_cache": False} if "use_cache" in accepted or "kwargs" in accepted else {}
-            self.logits = self.model(**{**self._inputs, **extra}, return_dict=True).logits
-            self._last_output = None
-        if len(self._layers) != len(self._modules):
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} ran {len(self._layers)} of its {len(self._modules)} decoder layers"
-            )
-
-    def _replay(self, recording: Recording) -> None:
-        """Stand where the forward would: with every layer's input, and the logits in a graph of their own."""
-        for module, hidden, kwargs in zip(self._modules, recording.inputs, recording.kwargs, strict=True):
-            leaf: Any = hidden.detach().requires_grad_()
-            if self.memory == "min":
-                leaf = self._store.put(leaf)
-            self._layers.append(_Layer(module, (), kwargs, leaf))
-        output = _Boundary.apply(self._anchor, recording.output)
-        self._layers[-1].boundary = torch.autograd.graph.get_gradient_edge(output)
-        rows = self.query_rows.to(output.device)[..., None].expand(-1, -1, output.shape[-1])
-        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
-        self.logits = head(recording.norm(output.gather(1, rows)))
-
-    def _enter_layer(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        name = None if args else "hidden_states"
-        hidden = args[0] if name is None else kwargs[name]
-        leaf = hidden.detach().requires_grad_()
-        layer = _Layer(module, args[1:], {k: v for k, v in kwargs.items() if k != name}, leaf)
-        if self._layers and hidden is not self._last_output:
-            layer.bridge = hidden
-        self._last_output = None
-        self._layers.append(layer)
-        if self._keep_graphs:
-            current_tape.set(layer.tape)
-        else:
-            if self.memory == "min":
-                layer.input = self._store.put(leaf)
-            torch.set_grad_enabled(False)
-        return ((leaf, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: leaf})
-
-    def _leave_layer(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        torch.set_grad_enabled(True)
-        current_tape.set(None)
-        layer = self._layers[-1]
-        hidden = output[0] if isinstance(output, tuple) else output
-        if self._keep_graphs:
-            layer.graph = torch.autograd.graph.get_gradient_edge(hidden)
-            self._check_tape(layer.tape, layer)
-        self._last_output = _Boundary.apply(self._anchor, hidden.detach())
-        layer.boundary = torch.autograd.graph.get_gradient_edge(self._last_output)
-        return (self._last_output, *output[1:]) if isinstance(output, tuple) else self._last_output
-
-    def _recompute(self, layer: _Layer) -> Tensor:
-        """Run one layer again with its graph; returns the leaf its input was."""
-        leaf = self._store.get(layer.input)
-        layer.tape = LayerTape()
-        output = self._call(layer, layer.tape, leaf, layer.kwargs)
-        layer.graph = torch.autograd.graph.get_gradient_edge(output)
-        return leaf
-
-    def _call(self, layer: _Layer, tape: LayerTape, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        token = current_tape.set(tape)
-        try:
-            output = layer.module(hidden, *layer.args, **kwargs)
-        finally:
-            current_tape.reset(token)
-        self._check_tape(tape, layer)
-        return output[0] if isinstance(output, tuple) else output
-
-    def _take_keys(self, layer: _Layer, leaf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """key and value (B, Hkv, S, d) of all rows with the graph that leads to ``leaf``, and the rows' key ranges."""
-        tape = LayerTape(keys_only=True)
-        with contextlib.suppress(KeysTaken):
-            self._call(layer, tape, leaf, layer.kwargs)
-        self._check_tape(tape, layer)
-        return tape.key, tape.value, tape.key_ranges  # type: ignore[return-value]
-
-    def _check_tape(self, tape: LayerTape, layer: _Layer) -> None:
-        if tape.calls != 1:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__}: a decoder layer ({type(layer.module).__name__}) called the registered "
-                f"attention {tape.calls} times instead of once; its attention cannot be registered with "
-                "transformers' AttentionInterface, or it is not a plain self-attention decoder"
-            )
-        if tape.query is not None:
-            self.ranks.check_heads(tape.query.shape[1], getattr(self._text_config, "num_attention_heads", None))
-
-
-def _grad_output(tapes: list[LayerTape], index: int, batch: int) -> Tensor:
-    """(B, N, H, n, d) of all slots' tapes, (B·g, H, n, d) each; a tape's own is let go."""
-    parts = []
-    for tape in tapes:
-        if tape.grad_output is None:
-            raise UnsupportedModelError(f"decoder layer {index}: no gradient reaches its attention")
-        parts.append(tape.grad_output.unflatten(0, (batch, -1)))
-        tape.grad_output = None
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-_TAPED = ("query", "key", "value", "logsumexp", "key_ranges")
-
-
-def _joined(tapes: list[LayerTape], batch: int) -> LayerTape:
-    """One tape (B·N, …) of several groups of slots, (B·g, …) each."""
-    joined = tapes[0]
-    if len(tapes) > 1:
-        for name in _TAPED if joined.product is None else (*_TAPED, "product"):
-            parts = [getattr(tape, name).unflatten(0, (batch, -1)) for tape in tapes]
-            setattr(joined, name, torch.cat(parts, dim=1).flatten(0, 1))
-    return joined
-
-
-def _first_slot(tape: LayerTape, batch: int) -> LayerTape:
-    """The tape (B, …) of the first slot of (B·g, …)."""
-    for name in _TAPED:
-        setattr(tape, name, getattr(tape, name).unflatten(0, (batch, -1))[:, 0])
-    return tape
-
-
-def _step(index: int, tape: LayerTape, grad_output: Tensor | None, selection: Selection | None) -> LayerStep:
-    return LayerStep(
-        index,
-        tape.query,  # type: ignore[arg-type]
-        tape.key,  # type: ignore[arg-type]
-        tape.value,  # type: ignore[arg-type]
-        tape.logsumexp,  # type: ignore[arg-type]
-        tape.key_ranges,  # type: ignore[arg-type]
-        tape.scale,
-        torch.empty(0) if grad_output is None else grad_output,
-        selection,
-        tape.product,
-    )
-
-
-def _empty_step(index: int, selection: Selection | None) -> LayerStep:
-    """What is left of a layer whose slots were taken one by one."""
-    nothing = torch.empty(0)
-    return LayerStep(index, nothing, nothing, nothing, nothing, nothing, 1.0, nothing, selection)
-
-
-def _stack(grad_outputs: list[Tensor]) -> Tensor:
-    return grad_outputs[0][:, None] if len(grad_outputs) == 1 else torch.stack(grad_outputs, dim=1)
-
-
-def _accumulate(gradients: dict[int, Tensor], index: int, gradient: Tensor) -> None:
-    gradients[index] = gradients[index] + gradient if index in gradients else gradient
-
-
-class _Boundary(torch.autograd.Function):
-    """Starts a graph of its own without holding on to any tensor, as a leaf would."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, hidden: Tensor) -> Tensor:
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-class _Store:
-    """Where ``memory="min"`` puts layer inputs: the host for a model on an accelerator, files for one on the CPU."""
-
-    def __init__(self) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._count = 0
-
-    def __enter__(self) -> _Store:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
-
-    def put(self, leaf: Tensor) -> Callable[[], Tensor]:
-        device = leaf.device
-        if device.type != "cpu":
-            host = leaf.detach().to("cpu")
-            return lambda: host.to(device).requires_grad_()
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="lvlm_fastxai_")
-        path = Path(self._folder.name, f"layer{self._count}.pt")
-        self._count += 1
-        torch.save(leaf.detach().clone(), path)
-        return lambda: torch.load(path, weights_only=True).requires_grad_()
-
-    @staticmethod
-    def get(ticket: Any) -> Tensor:
-        return ticket if isinstance(ticket, Tensor) else ticket()
-
-
-@contextlib.contextmanager
-def prepared(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
-    """Evaluation mode, frozen parameters, our attention in the decoder; everything exactly as before on the way out.
-
-    The model's lock is held in between: another thread that wants the same model waits.
-    """
-    attention.register()
-    with holding(model):
-        yield from _prepared(model, decoder)
-
-
-def _prepared(model: nn.Module, decoder: nn.Module) -> Iterator[None]:
-    config: Any = decoder.config
-    implementation = config._attn_implementation_internal
-    training = [module for module in model.modules() if module.training]
-    # By name: accelerate puts other parameters in the place of offloaded ones whenever their module runs.
-    trainable = [
-        (module, name)
-        for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad
-    ]
-    try:
-        for module in training:
-            module.training = False
-        for module, name in trainable:
-            module.get_parameter(name).requires_grad_(False)
-        # The decoder's own configuration, not set_attn_implementation: that walks every sub-model and would also reset
-        # implementations that a user has set by hand.
-        config._attn_implementation_internal = attention.NAME
-        yield
-    finally:
-        config._attn_implementation_internal = implementation
-        for module, name in trainable:
-            module.get_parameter(name).requires_grad_(True)
-        for module in training:
-            module.training = True
+    def _let_go(self, index: int) -> None:
+        """Drop what no other descent needs of a layer."""
+        layer, sweep = self._sweep.layers[index], self._sweep
+        if not self._keep or not sweep.keeps_graphs:
+            layer.graph, layer.tape = None, Tape()
+        if not self._keep or sweep.memory != "fast":
+            layer.keys = None
+        if not self._keep:
+            layer.input = layer.bridge = None

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models.decoder import find_decoder_layers
-from .descent import Recording, prepared
+from .forward import Recording
+from .preparation import prepared
 from .pruning import reason_against
 
 # What transformers hands a decoder layer for each row, and the axis, counted from the end, along which the rows stand.
