@@ -47,6 +47,16 @@ def copy_of_sources(target: Path) -> Path:
     return target
 
 
+def add_the_toy_operator(sources: Path) -> None:
+    """Its own files, and its line in the list: nothing else."""
+    toy = Path(__file__).with_name("toy_operator")
+    for room in ("ops", "reference"):
+        shutil.copytree(toy / room, sources / "lvlm_fastxai" / room, dirs_exist_ok=True)
+    shutil.copytree(toy / "csrc", sources / "csrc", dirs_exist_ok=True)
+    with (sources / "lvlm_fastxai" / "ops" / "_operators.py").open("a") as file:
+        file.write("from lvlm_fastxai.ops.softplus_product import softplus_product as softplus_product\n")
+
+
 def test_setup_imports_no_torch() -> None:
     imported = {
         name.split(".")[0]
@@ -112,6 +122,7 @@ def test_isolated_build_without_nvcc_makes_the_cpu_kernels(tmp_path: Path) -> No
     compiler("g++", "clang++")
     compiler("ninja")
     sources = copy_of_sources(tmp_path / "sources")
+    add_the_toy_operator(sources)
     overlay = tmp_path / "overlay"
     overlay.mkdir()
     site_packages = Path(torch.__file__).parents[1]
@@ -135,6 +146,11 @@ def test_isolated_build_without_nvcc_makes_the_cpu_kernels(tmp_path: Path) -> No
         "assert _native.build_info()['cuda_architectures'] == ()\n"
         "assert ops.backends('relevancy_product')['cpu'] is None\n"
         "assert 'not built with CUDA' in ops.backends('relevancy_product')['cuda']\n"
+        "import torch\n"
+        "rows, weight = torch.randn(5, 3, requires_grad=True), torch.randn(3)\n"
+        "found = [ops.softplus_product(rows, weight, backend=name) for name in ('cpu', 'reference')]\n"
+        "torch.testing.assert_close(*found)\n"
+        "torch.testing.assert_close(*(torch.autograd.grad(one.sum(), rows) for one in found))\n"
     )
     run([sys.executable, "-c", code], cwd=sources, env={**os.environ, "PYTHONPATH": str(sources)})
 

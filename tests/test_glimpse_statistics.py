@@ -285,10 +285,29 @@ def test_ranges_that_leave_the_keys_are_clamped(domain: str, backend: str) -> No
     assert all(map(torch.equal, found, run(case, backend, domain=domain)))
 
 
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_ranges_and_columns_out_of_range_mean_the_same_to_every_backend(domain: str, backend: str) -> None:
+    """Rows whose ranges lie behind the last key or before the first see nothing; columns contain what rows see."""
+    case = make_case(batch=2, queries=70, width=24)
+    case.ranges[0, :20] = torch.tensor([75, 90], dtype=torch.int32)
+    case.ranges[0, 20:30] = torch.tensor([-9, -2], dtype=torch.int32)
+    case.ranges[1, :, 1] += 5
+    for columns in (None, torch.tensor([[10, 30], [-4, 2**31 - 1]], dtype=torch.int32)):
+        found = run(case, backend, columns, domain=domain)
+        expected = run(case, "reference", columns, domain=domain)
+        assert all(result.any() for result in expected)
+        for result, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-5)
+
+
 WRONG_ARGUMENTS: dict[str, tuple[Any, str]] = {
     "domain": (lambda c: {"domain": "upper"}, "`domain` must be one of full, causal, got 'upper'"),
     "columns shape": (lambda c: {"columns": torch.tensor([0, 63])}, r"`columns` must have shape \(B, 2\)"),
     "columns dtype": (lambda c: {"columns": torch.zeros(2, 2)}, "`columns` must hold int32 or int64"),
+    "columns beyond int32": (
+        lambda c: {"columns": torch.tensor([[0, 63], [0, 2**32 + 63]])},
+        "`columns` must hold numbers within int32, got 4294967359",
+    ),
     "columns device": (lambda c: {"columns": torch.zeros(2, 2, device="meta").int()}, "`columns` must be on cpu"),
     "logsumexp dtype": (lambda c: {"logsumexp": c.logsumexp.double()}, "`logsumexp` must have dtype"),
     "no target": (lambda c: {"grad_output": c.grad_output[:, :0]}, "`grad_output` must hold at least one target"),
