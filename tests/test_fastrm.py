@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import threading
 from collections.abc import Callable
 from importlib.metadata import version
@@ -197,6 +199,30 @@ def changed(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
     return damage
 
 
+def signed(change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Settings that do not fit the weights, with a checksum that fits both."""
+
+    def damage(folder: Path) -> None:
+        changed("fastrm.json", change)(folder)
+        path = folder / "fastrm.json"
+        values = json.loads(path.read_text(encoding="utf-8"))
+        del values["sha256"]
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+        digest.update((folder / "fastrm.safetensors").read_bytes())
+        path.write_text(json.dumps({**values, "sha256": digest.hexdigest()}), encoding="utf-8")
+
+    return damage
+
+
+def one_bit(name: str, place: int) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[place] ^= 4
+        (folder / name).write_bytes(data)
+
+    return damage
+
+
 def cut(folder: Path) -> None:
     path = folder / "fastrm.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
@@ -216,12 +242,18 @@ def other_weights(folder: Path) -> None:
         (changed("fastrm.json", lambda v: {k: x for k, x in v.items() if k != "hidden_size"}), "hidden_size"),
         (changed("fastrm.json", lambda v: v | {"dim": "many"}), "cannot load"),
         (changed("fastrm.json", lambda v: v | {"dim": 0}), "dim: expected at least 1"),
-        (changed("fastrm.json", lambda v: v | {"norm": "layer"}), "norm_bias"),
+        (changed("fastrm.json", lambda v: v | {"schema": "lvlm-fastxai/fastrm/1"}), "earlier version.*train it again"),
+        (changed("fastrm.json", lambda v: v | {"norm": "layer"}), "not as they were written together"),
+        (changed("fastrm.json", lambda v: v | {"decision_threshold": 0.51}), "not as they were written together"),
+        (changed("fastrm.json", lambda v: {k: x for k, x in v.items() if k != "sha256"}), "not as they were written"),
+        (one_bit("fastrm.safetensors", -2), "not as they were written together"),
+        (signed(lambda v: v | {"norm": "layer"}), "norm_bias"),
+        (signed(lambda v: v | {"hidden_size": 16}), "size mismatch"),
         (lambda folder: (folder / "fastrm.json").write_text("{"), "cannot load"),
         (lambda folder: (folder / "fastrm.json").unlink(), "holds no FastRM head"),
         (lambda folder: (folder / "fastrm.safetensors").unlink(), "fastrm.safetensors"),
         (cut, "cannot load"),
-        (other_weights, "size mismatch"),
+        (other_weights, "not as they were written together"),
     ],
 )
 def test_damaged_files_are_refused_in_one_line(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
@@ -243,6 +275,48 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         make_head().save_pretrained(tmp_path / "taken")
 
 
+def test_a_head_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full after any number of files."""
+    make_head().save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    sync = os.fsync
+    for fine in range(4):
+        left = iter([None] * fine)
+
+        def full(descriptor: int, left: Any = left) -> None:
+            if next(left, descriptor) is not None:
+                raise OSError(28, "No space left on device")
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(ArgumentError, match="disk full") as caught:
+            make_head(seed=1).save_pretrained(tmp_path)
+        assert "\n" not in str(caught.value)
+        found = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+        if fine < 3:
+            assert found == before
+    monkeypatch.undo()
+    FastRM.from_pretrained(tmp_path)
+
+
+def test_a_head_whose_writer_was_killed_between_its_files_is_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_head().save_pretrained(tmp_path)
+    replace = os.replace
+
+    def killed(source: Any, place: Any) -> None:
+        if str(place).endswith("fastrm.safetensors"):
+            raise KeyboardInterrupt
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_head(seed=1).save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert FastRM.from_pretrained(tmp_path).fingerprint == make_head(seed=1).fingerprint
+
+
 # The model that a head belongs to
 
 
@@ -260,6 +334,8 @@ def test_a_head_knows_its_model() -> None:
         make_head(hidden_size=16).check_model(model)
     with pytest.raises(ModelMismatchError, match="not recorded"):
         make_head().check_model(model)
+    with pytest.raises(ModelMismatchError, match=r"d9a481790bdcac4c of an earlier version.*fastrm train"):
+        make_head(model, model_fingerprint="d9a481790bdcac4c").check_model(model)
     for refusing in (
         lambda: LiveMaps(head, other, {"input_ids": torch.tensor([[IMAGE]])}),
         lambda: next(stream(head, other, {"input_ids": torch.tensor([[IMAGE]])})),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,7 @@ from lvlm_fastxai.fastrm.shards import (
     open_maps,
     shard_name,
 )
-from lvlm_fastxai.models.fingerprint import fingerprint, model_name
+from lvlm_fastxai.models.fingerprint import PIECE, fingerprint, model_name
 from lvlm_fastxai.prompting.answering import Answerer
 from lvlm_fastxai.prompting.sources import open_source
 from lvlm_fastxai.tiny import SAMPLE_IMAGE, scenes
@@ -76,12 +77,59 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_fingerprint_is_of_the_weights_alone(lvlm: tuple[Any, Any]) -> None:
     model, _ = fx.load_tiny_lvlm()
     found = fingerprint(model)
-    assert found == fingerprint(lvlm[0]) and len(found) == 16 and int(found, 16) >= 0
+    assert found == fingerprint(lvlm[0]) and re.fullmatch("v2-[0-9a-f]{16}", found)
     assert fingerprint(model.bfloat16()) == found
     assert fingerprint(model.half()) == found  # of a bf16 model
+
+
+@pytest.mark.parametrize("place", [0, 1, 12345, 70_001, -1])
+def test_every_value_counts(place: int) -> None:
+    """Also the many that lie between evenly spaced ones, and those behind the first piece that is read."""
+    torch.manual_seed(0)
+    models = [nn.Linear(700, 1600, bias=False) for _ in range(2)]
+    assert models[0].weight.numel() > PIECE
+    models[1].load_state_dict(models[0].state_dict())
     with torch.no_grad():
-        next(model.parameters()).view(-1)[0] += 1
-    assert fingerprint(model) != found
+        models[1].weight.view(-1)[place] += 1
+    first, second = map(fingerprint, models)
+    assert first != second
+    models[1].load_state_dict(models[0].state_dict())
+    assert fingerprint(models[1]) == first
+
+
+def test_a_known_fingerprint_is_not_that_of_changed_weights() -> None:
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
+    seen = [fingerprint(model)]
+
+    def is_new() -> bool:
+        seen.append(fingerprint(model))
+        return seen[-1] not in seen[:-1] and seen[-1] == fingerprint(copy_of(model))
+
+    with torch.no_grad():
+        model[0].weight[3, 5] += 1  # counted by torch
+    assert is_new()
+    model[0].weight.data *= 1.5  # not counted
+    assert is_new()
+    model[0].weight.data = torch.randn(40, 40)
+    assert is_new()
+    model[1].weight = nn.Parameter(torch.randn(40, 40))
+    assert is_new()
+    assert fingerprint(model) == seen[-1]
+
+
+def copy_of(model: nn.Sequential) -> nn.Sequential:
+    other = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_a_fingerprint_does_not_depend_on_the_order_in_memory() -> None:
+    weight = torch.randn(1100, 1000)
+    turned = nn.ParameterList([weight.T.contiguous().T])
+    assert turned[0].numel() > PIECE and not turned[0].is_contiguous()
+    assert fingerprint(turned) == fingerprint(nn.ParameterList([weight]))
+    integers = [nn.Parameter(torch.arange(n, n + 9, dtype=torch.int32), requires_grad=False) for n in (0, 1000)]
+    assert fingerprint(nn.ParameterList(integers[:1])) != fingerprint(nn.ParameterList(integers[1:]))
 
 
 def test_a_fingerprint_knows_neither_names_nor_ties() -> None:

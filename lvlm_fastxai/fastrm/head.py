@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -14,14 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import ops
-from ..errors import ArgumentError, ModelMismatchError, one_line
-from ..models.fingerprint import fingerprint
+from ..errors import ArgumentError, ModelMismatchError, printable
+from ..files import finish_folder, writing_folder
+from ..models.fingerprint import fingerprint, is_outdated
 from ..ops.proxy_relevancy import ACTIVATIONS, NORMS, Activation, Norm
 
 if TYPE_CHECKING:
     from .live import LiveMaps
 
-SCHEMA = "lvlm-fastxai/fastrm/1"
+SCHEMA = "lvlm-fastxai/fastrm/2"
+EARLIER = "; it was trained by an earlier version, which kept no checksum: train it again: lvlm-fastxai fastrm train"
 CONFIG, WEIGHTS = "fastrm.json", "fastrm.safetensors"
 SHIPPED = Path(__file__).parent / "shipped"
 """Folder of the head for the LVLM that ships with the package."""
@@ -145,7 +148,7 @@ class FastRM(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> Folded:
-        """Everything behind the query as one linear map, good until the weights change.
+        """Everything behind the query as one linear map, which holds until the weights change.
 
         Its first D rows give the folded query g ∘ W_kᵀ q / √d_p, the last the offset c · W_kᵀ q / √d_p + b.
         """
@@ -240,6 +243,11 @@ class FastRM(nn.Module):
                 )
         found = fingerprint(model)
         if found != self.config.model_fingerprint:
+            if is_outdated(self.config.model_fingerprint):
+                raise ModelMismatchError(
+                    f"this FastRM head knows its model by the fingerprint {self.config.model_fingerprint} of an earlier "
+                    "version, which read a part of the weights only: train one again: lvlm-fastxai fastrm train"
+                )
             raise ModelMismatchError(
                 f"this FastRM head was trained for {self.config.model_name or 'another model'} (fingerprint "
                 f"{self.config.model_fingerprint or 'not recorded'}), and this model's weights are others ({found}): "
@@ -249,58 +257,98 @@ class FastRM(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``fastrm.json`` and ``fastrm.safetensors``, which `from_pretrained` reads.
 
+        A head that is there already stays as it is until both files of the new one are complete.
+
         Raises:
             ArgumentError: the folder cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     FastRM(FastRMConfig(hidden_size=8)).save_pretrained(folder)
+            ...     FastRM.from_pretrained(folder).config.hidden_size
+            8
         """
+        with writing_folder(folder, argument="folder") as scratch:
+            self.write_files(scratch)
+
+    def write_files(self, folder: Path) -> None:
+        """Write the head's two files to a folder that nobody reads yet; `save_pretrained` for one that may be read."""
         from safetensors.torch import save
 
-        target = Path(folder)
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"schema": SCHEMA, **asdict(self.config)}, indent=2, ensure_ascii=False)
-            weights = {k: v.contiguous().cpu() for k, v in self.state_dict().items() if v.numel()}
-            (target / WEIGHTS).write_bytes(save(weights))
-            (target / CONFIG).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ArgumentError(f"folder: cannot write '{target}': {one_line(error)}") from error
+        weights = save({name: value.contiguous().cpu() for name, value in self.state_dict().items() if value.numel()})
+        settings = {"schema": SCHEMA, **json.loads(json.dumps(asdict(self.config)))}
+        settings["sha256"] = _digest(settings, weights)
+        (folder / WEIGHTS).write_bytes(weights)
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> FastRM:
-        """The head in a folder, on the CPU, in evaluation mode; "shipped" is that of the LVLM in the package.
+        """Load the head in a folder: on the CPU, in evaluation mode.
+
+        Args:
+            folder: as `save_pretrained` wrote it; "shipped" names the head of the LVLM in the package.
 
         Raises:
-            ArgumentError: there is no head, or its files are damaged or of another version.
+            ArgumentError: there is no head, its files are damaged, of another version, or not of one head.
         """
-        from safetensors.torch import load_file
-
         source = SHIPPED if str(folder) == "shipped" else Path(folder)
-        if not (source / CONFIG).is_file():
-            raise ArgumentError(f"'{source}' holds no FastRM head ({CONFIG}); train one: lvlm-fastxai fastrm train")
         try:
-            values = json.loads((source / CONFIG).read_text(encoding="utf-8"))
-            if values.pop("schema", None) != SCHEMA:
-                raise ValueError(f"its schema is not {SCHEMA}")
+            return cls._load(source)
+        except ArgumentError:
+            finish_folder(source)  # where the process that wrote them was killed while both took their places
+            return cls._load(source)
+
+    @classmethod
+    def _load(cls, source: Path) -> FastRM:
+        from safetensors.torch import load
+
+        if not (source / CONFIG).is_file():
+            raise ArgumentError(
+                f"'{printable(source)}' holds no FastRM head ({CONFIG}); train one: lvlm-fastxai fastrm train"
+            )
+        try:
+            values = json.loads((source / CONFIG).read_bytes())
+            data = (source / WEIGHTS).read_bytes()
+            schema = values.get("schema")
+            if schema != SCHEMA:
+                raise ValueError(f"its schema is not {SCHEMA}" + EARLIER * (schema == "lvlm-fastxai/fastrm/1"))
+            digest = values.pop("sha256", None)
+            whole = digest == _digest(values, data)
+            del values["schema"]
             unknown = values.keys() - {field.name for field in fields(FastRMConfig)}
             if unknown:
                 raise ValueError(f"unknown settings {', '.join(sorted(unknown))}")
             head = cls(FastRMConfig(**values))
+            if not whole:
+                raise ValueError(
+                    f"{CONFIG} and {WEIGHTS} are not as they were written together; copy both anew, or train again"
+                )
             # Empty tensors are not written; the mean map is of any length.
             weights = {name: own for name, own in head.state_dict().items() if not own.numel()}
-            weights |= load_file(source / WEIGHTS)
+            weights |= load(data)
             head.mean_map = weights["mean_map"]
             head.load_state_dict(weights)
         except ArgumentError:
             raise
         except Exception as error:  # json, safetensors and torch raise what they like on damaged files
             # All of torch's lines: the first does not say which weights do not fit.
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ArgumentError(f"cannot load the FastRM head in '{source}': {reason}") from error
+            reason = printable(" ".join(str(error).split())) or type(error).__name__
+            raise ArgumentError(f"cannot load the FastRM head in '{printable(source)}': {reason}") from error
         return head.eval()
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits of the head's own weights, for policies that were fitted with it."""
+        """Of the head's own weights, for policies that were fitted with it."""
         return fingerprint(self)
+
+
+def _digest(settings: Mapping[str, Any], weights: bytes) -> str:
+    """SHA-256 of a head's two files, hexadecimal; the settings as values, so that white space does not count."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest.update(weights)
+    return digest.hexdigest()
 
 
 def min_max(relevancy: Tensor) -> Tensor:

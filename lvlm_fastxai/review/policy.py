@@ -156,6 +156,11 @@ class Policy:
             ("map head", self.head_fingerprint, head_fingerprint),
         ):
             if own != given:
+                if is_outdated(own):
+                    raise ModelMismatchError(
+                        f"policy: it knows its {what} by the fingerprint {own} of an earlier version, which read a part "
+                        "of the weights only: calibrate one anew with `lvlm-fastxai calibrate`"
+                    )
                 name = f" ({self.model_name})" if what == "model" and self.model_name else ""
                 raise ModelMismatchError(
                     f"policy: it was calibrated on answers of the {what} {own or 'without fingerprint'}{name}, these "
