@@ -245,8 +245,8 @@ class FastRM(nn.Module):
         if found != self.config.model_fingerprint:
             if is_outdated(self.config.model_fingerprint):
                 raise ModelMismatchError(
-                    f"this FastRM head knows its model by the fingerprint {self.config.model_fingerprint} of an earlier "
-                    "version, which read a part of the weights only: train one again: lvlm-fastxai fastrm train"
+                    f"this FastRM head knows its model by the fingerprint {self.config.model_fingerprint} of an "
+                    "earlier version, which read a part of the weights only: train one again: lvlm-fastxai fastrm train"
                 )
             raise ModelMismatchError(
                 f"this FastRM head was trained for {self.config.model_name or 'another model'} (fingerprint "

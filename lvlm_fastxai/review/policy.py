@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ArgumentError, ModelMismatchError
 from ..files import write_whole
+from ..models.fingerprint import is_outdated
 
 __all__ = ["FEATURES", "SCHEMA", "Decision", "Policy", "feature_matrix"]
 
@@ -156,16 +157,12 @@ class Policy:
             ("map head", self.head_fingerprint, head_fingerprint),
         ):
             if own != given:
-                if is_outdated(own):
-                    raise ModelMismatchError(
-                        f"policy: it knows its {what} by the fingerprint {own} of an earlier version, which read a part "
-                        "of the weights only: calibrate one anew with `lvlm-fastxai calibrate`"
-                    )
+                earlier = "; its fingerprint is of an earlier version, which read a part of the weights only"
                 name = f" ({self.model_name})" if what == "model" and self.model_name else ""
                 raise ModelMismatchError(
                     f"policy: it was calibrated on answers of the {what} {own or 'without fingerprint'}{name}, these "
                     f"are of {given or 'one without fingerprint'}; what it promises does not hold for them: "
-                    "calibrate one with `lvlm-fastxai calibrate`"
+                    "calibrate one with `lvlm-fastxai calibrate`" + earlier * is_outdated(own)
                 )
 
     def save(self, path: str | Path) -> None:
