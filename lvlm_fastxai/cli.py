@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import add_model_arguments, number_or
+from .console import add_model_arguments, number_or, printable, say
 from .errors import ArgumentError, FastXAIError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print("lvlm-fastxai: error: " + " ".join(message.split()), file=sys.stderr)
+    say("lvlm-fastxai: error: " + " ".join(message.split()))
     return BAD_INPUT
 
 
@@ -263,7 +263,7 @@ def _explain(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**explanation.to_dict(), "files": {name: str(path) for name, path in paths.items()}}))
         return 0
-    print(f"{explanation.answer}")
+    print(printable(explanation.answer))
     seconds = explanation.seconds
     print(
         f"confidence {explanation.confidence:.1%} · answered in {seconds['generate']:.2f} s, "
@@ -284,7 +284,7 @@ def _explain(args: argparse.Namespace) -> int:
             f"most {explanation.estimated_error:.1%}"
         )
     for note in explanation.notes:
-        print(f"note: {note}")
+        print(printable(f"note: {note}"))
     print(f"report: {paths['report']}")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,9 +38,27 @@ def number_or(word: str) -> Callable[[str], float | str]:
     return parse
 
 
+# What moves a terminal's cursor or colours, reorders its text, or cannot be encoded: control characters but tab and
+# newline, marks of direction, halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Spell out what a terminal would obey instead of showing it.
+
+    Args:
+        text: from outside: a question, an answer, a file's name.
+
+    Example:
+        >>> printable("a \x1b[31mred\x1b[0m circle")
+        'a \\x1b[31mred\\x1b[0m circle'
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
 def say(message: str) -> None:
-    """A line on stderr: stdout belongs to the result."""
-    print(message, file=sys.stderr)
+    """Print a line on stderr: stdout belongs to the result."""
+    print(printable(message), file=sys.stderr)
 
 
 class Bars:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from .. import families, ops
+from .. import ops
 from ..errors import ArgumentError, UnsupportedModelError
 from ..methods import registry
 from ..methods.registry import MethodName
 from ..models.fingerprint import model_name
 from ..models.lock import holding
-from ..prompting.answering import Answerer
+from ..prompting.answering import Answerer, check_pair
 from ..prompting.inputs import Inputs
 from ..prompting.messages import DEFAULT_TEMPLATE, Message, Prompt, ask, has_chat_template
 from ..sweep.forward import MEMORY_MODES
@@ -34,6 +32,7 @@ from .recorded_rows import explain_from_recording
 from .relevancy_rows import RelevancyRows, check_row_tolerance, explain_rows
 from .said import Said, generate_and_choose
 from .token_choice import check_tokens
+from .versions import versions
 
 __all__ = ["Estimate", "Explainer"]
 
@@ -103,7 +102,7 @@ class Explainer:
         if memory not in MEMORY_MODES:
             raise ArgumentError(f"memory: expected one of {', '.join(MEMORY_MODES)}, got {memory!r}")
         check_row_tolerance(row_tolerance)
-        _check_model(model, processor)
+        check_pair(model, processor)
         self._notes: list[str] = []
         template = prompt_template
         if template is None and not has_chat_template(processor):
@@ -189,7 +188,7 @@ class Explainer:
             dtype=str(self.model.dtype).removeprefix("torch."),
             sequence_length=said.length,
             prompt_length=said.prompt_length,
-            versions=_versions(),
+            versions=versions(),
             notes=notes,
             options=self._traits.options_in_force(self.options),
             chosen_tokens=self.tokens,
@@ -332,32 +331,3 @@ class _Rows:
     found: RelevancyRows
     seconds: float
     peak_bytes: int | None
-
-
-def _check_model(model: Any, processor: Any) -> None:
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "generate"):
-        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model that generates text")
-    if getattr(config, "vision_config", None) is None and str(config.model_type) not in families.known():
-        raise ArgumentError(
-            f"model: {type(model).__name__} ({config.model_type}) reads no images, its configuration has no "
-            "vision part; give an image-text-to-text model such as LLaVA"
-        )
-    for part in ("tokenizer", "image_processor"):
-        if getattr(processor, part, None) is None:
-            raise ArgumentError(
-                f"processor: {type(processor).__name__} has no {part}; give the model's own processor "
-                "(AutoProcessor.from_pretrained)"
-            )
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in ("lvlm_fastxai", "torch", "transformers"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            from .. import __version__
-
-            versions[name] = __version__
-    return {**versions, "python": platform.python_version()}

@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import os
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,33 +52,33 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     # others may be using. Heap that is free already would hide the first megabytes, so it is handed back before.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    watcher = _Watcher()
+    watch = _Watch()
     try:
-        watcher.start()
+        threading.Thread(target=_poll, args=(weakref.ref(watch),), name="peak-memory", daemon=True).start()
         yield peak
     finally:
-        watcher.stop()
-    peak.bytes = watcher.most - watcher.before
+        watch.stopped = True
+    peak.bytes = watch.read() - watch.before
 
 
-class _Watcher(threading.Thread):
-    """Reads the resident memory again and again until it is stopped, or until whoever started it has gone."""
+class _Watch:
+    """Resident memory of the process, read again and again."""
 
     def __init__(self) -> None:
-        super().__init__(name="peak-memory", daemon=True)
-        self._stopped = threading.Event()
-        self._owner = threading.current_thread()
+        self.stopped = False
         self._page = os.sysconf("SC_PAGE_SIZE")
-        self.before = self.most = self._resident()
+        self._most = 0
+        self.before = self.read()
 
-    def _resident(self) -> int:
-        return int(_STATISTICS.read_text().split()[1]) * self._page
+    def read(self) -> int:
+        """The most that any reading has found."""
+        self._most = max(self._most, int(_STATISTICS.read_text().split()[1]) * self._page)
+        return self._most
 
-    def run(self) -> None:
-        while not self._stopped.wait(_INTERVAL) and self._owner.is_alive():
-            self.most = max(self.most, self._resident())
 
-    def stop(self) -> None:
-        """End the thread; nothing but a flag, so that no interruption can come between."""
-        self._stopped.set()
-        self.most = max(self.most, self._resident())
+def _poll(watch: weakref.ref[_Watch]) -> None:
+    """Read until the watch is stopped. The thread keeps no watch alive: one that an interrupt left behind ends it."""
+    while (found := watch()) is not None and not found.stopped:
+        found.read()
+        del found
+        time.sleep(_INTERVAL)

@@ -54,7 +54,8 @@ def live_answers(
 ) -> Iterator[LiveAnswer]:
     """Ask a model all questions, many at a time, with a head attached.
 
-    An answer of no token is the empty text with entropy 1, probability 0 and an empty map of zeros: never accepted.
+    Special tokens inside an answer count for nothing. An answer of nothing else is the empty text with entropy 1,
+    probability 0 and a map of zeros: never accepted.
 
     Args:
         model: a transformers image-text-to-text model of a known family, in evaluation mode.
@@ -86,7 +87,8 @@ def live_answers(
             answers = answerer.answer(inputs, max_new_tokens, streamer=live)
         for row, (sample, picture, tokens) in enumerate(zip(asked, pictures, answers, strict=True)):
             layout = live.layouts(row)[0]
-            steps = live.steps[: len(tokens)]
+            # Special tokens are not explained, nor do they count.
+            steps = [live.steps[place] for place in answerer.spoken(tokens)]
             text = answerer.decode(tokens)
             rows = torch.stack([step.row(row) for step in steps]).mean(0) if steps else torch.zeros(live.prompt_length)
             probability = [max(float(step.probabilities[row]), 1e-30) for step in steps]

@@ -20,6 +20,7 @@ from .. import families
 from ..errors import ArgumentError
 from ..families import ImageLayout
 from ..models.decoder import find_decoder_layers
+from ..prompting.answers import end_tokens
 from .head import FastRM, Folded, Prediction
 
 
@@ -163,7 +164,7 @@ class LiveMaps:
         self._layer = layers[head.config.layer]
         self._layouts: dict[int, list[ImageLayout]] = {}
         self._columns = _image_columns(model, tokens)
-        self._ends = _end_tokens(model)
+        self._ends = end_tokens(model)
         self._hooks = ExitStack()
         self._reset()
 
@@ -357,8 +358,3 @@ def _image_columns(model: Any, tokens: Tensor) -> list[Tensor]:
     if empty is not None:
         raise ArgumentError(f"inputs: sample {empty} has no image token (id {token}), so there is nothing to map")
     return columns
-
-
-def _end_tokens(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list | tuple) else set() if ends is None else {ends}

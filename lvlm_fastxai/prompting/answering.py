@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from .. import families
-from ..errors import ArgumentError
+from ..errors import ArgumentError, UnsupportedModelError
 from . import joining
 from .answers import Answer, end_tokens, generate, same_answer
 from .inputs import Inputs, accepted, encode, to_model
 from .messages import Message, Prompt, ask, check_template, check_text, has_chat_template, write
 
-__all__ = ["Answer", "Answerer", "Inputs", "batched", "same_answer"]
+__all__ = ["Answer", "Answerer", "Inputs", "batched", "check_pair", "same_answer"]
 
 
 class Answerer:
@@ -29,7 +29,9 @@ class Answerer:
             chat template of the processor or its tokenizer.
 
     Raises:
-        ArgumentError: neither a chat template nor a prompt template, or a malformed one.
+        ArgumentError: neither a chat template nor a prompt template, or a malformed one; a model that reads no images;
+            a processor without tokenizer or image processor.
+        UnsupportedModelError: not a transformers model that generates text.
 
     Example:
         >>> import lvlm_fastxai as fx
@@ -42,6 +44,7 @@ class Answerer:
     """
 
     def __init__(self, model: Any, processor: Any, *, prompt_template: str | None = None) -> None:
+        check_pair(model, processor)
         if prompt_template is not None:
             check_template(prompt_template)
         elif not has_chat_template(processor):
@@ -177,6 +180,29 @@ class Answerer:
     def word_of_token(self, tokens: Sequence[int]) -> list[int]:
         """For each token the index of the white-space separated word of the answer that it belongs to."""
         return [len(self.decode(tokens[: place + 1]).split()) - 1 for place in range(len(tokens))]
+
+
+def check_pair(model: Any, processor: Any) -> None:
+    """Refuse a model that answers no questions about pictures, and a processor that reads only one of both.
+
+    Raises:
+        ArgumentError: a text-only model, a processor without tokenizer or image processor.
+        UnsupportedModelError: not a transformers model that generates text.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "generate"):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model that generates text")
+    if getattr(config, "vision_config", None) is None and str(config.model_type) not in families.known():
+        raise ArgumentError(
+            f"model: {type(model).__name__} ({config.model_type}) reads no images, its configuration has no "
+            "vision part; give an image-text-to-text model such as LLaVA"
+        )
+    for part in ("tokenizer", "image_processor"):
+        if getattr(processor, part, None) is None:
+            raise ArgumentError(
+                f"processor: {type(processor).__name__} has no {part}; give the model's own processor "
+                "(AutoProcessor.from_pretrained)"
+            )
 
 
 def batched(indices: Sequence[int], size: int) -> Iterator[list[int]]:

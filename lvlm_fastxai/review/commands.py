@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console import add_model_arguments, say
+from ..console import add_model_arguments, printable, say
 from ..errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -419,7 +419,7 @@ def _list(args: argparse.Namespace) -> int:
         by = f" ({item.reviewer})" if item.reviewer else ""
         score = "     –" if item.score is None else f"{item.score:6.1%}"
         text = " ".join(f"{item.question} — {item.answer}{corrected}{by}".split())
-        print(f"{item.id:6d}  {item.state:<8}{score}  {text}")
+        print(printable(f"{item.id:6d}  {item.state:<8}{score}  {text}"))
     print(", ".join(f"{count} {state}" for state, count in counts.items()))
     return 0
 
