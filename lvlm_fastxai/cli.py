@@ -308,18 +308,18 @@ def _decide(args: argparse.Namespace, policy: Policy, explanation: Explanation) 
     """Have the policy decide on the answer; the number of its item in the queue, if it went there."""
     from dataclasses import asdict
 
+    features = {"entropy": explanation.entropy, "probability": explanation.confidence}
     if args.queue is None:
-        explanation.decision = asdict(policy.decide(explanation.entropy, explanation.confidence))
+        explanation.decision = asdict(policy.decide(features))
         return None
-    from .review.queue import Queue, Record, apply
+    from .review import Queue, Record, apply
 
     image = explanation.images[0]
     record = Record(
         picture=image.picture,
         question=explanation.question,
         answer=explanation.answer,
-        entropy=explanation.entropy,
-        probability=explanation.confidence,
+        features=features,
         image_map=explanation.image_map,
         region=image.region,
         model_name=explanation.model_name,

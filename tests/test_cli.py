@@ -121,7 +121,7 @@ def test_wrong_options_are_told_before_a_model_is_loaded(run, picture, tmp_path,
 
 def test_explain_under_a_policy(run, picture, tmp_path, checkpoint):
     head = FastRM.from_pretrained("shipped")
-    fixed = {"features": "probability", "mean": (0.0,), "scale": (1.0,), "coefficients": (0.0,), "target": 0.9}
+    fixed = {"features": ("probability",), "mean": (0.0,), "scale": (1.0,), "coefficients": (0.0,), "target": 0.9}
     policies = {}
     for name, intercept, fingerprint in (("accept", 9.0, head.fingerprint), ("review", 0.0, head.fingerprint)):
         policies[name] = tmp_path / f"{name}.json"
@@ -145,7 +145,11 @@ def test_explain_under_a_policy(run, picture, tmp_path, checkpoint):
     assert f"review (item 1 of {queue})" in text
     with Queue(queue) as opened:
         (item,) = opened.items()  # the same answer twice is one item
-        assert item.question == QUESTION and item.answer == stored["answer"] and item.entropy == stored["entropy"]
+        assert (
+            item.question == QUESTION
+            and item.answer == stored["answer"]
+            and item.features["entropy"] == stored["entropy"]
+        )
         assert np.allclose(opened.image_map(item.id), stored["image_maps"][0], rtol=1e-5)
     # Of another model: refused before it answers.
     other = ("--model", checkpoint, "--head", "shipped")

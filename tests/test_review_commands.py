@@ -44,8 +44,10 @@ def drawn(
             sample=sample,
             answer=sample.answer if right else "something else",
             right=right,
-            entropy=float(np.clip(0.6 - 0.08 * ease + 0.1 * rng.normal(), 0, 1)),
-            probability=float(1 / (1 + np.exp(-1.5 * ease))),
+            features={
+                "entropy": float(np.clip(0.6 - 0.08 * ease + 0.1 * rng.normal(), 0, 1)),
+                "probability": float(1 / (1 + np.exp(-1.5 * ease))),
+            },
             image_map=rng.random((12, 12), dtype=np.float32),
             region=(0.0, 0.0, 192.0, 192.0),
         )
@@ -95,7 +97,8 @@ def test_calibrate_records(tmp_path, capsys):
     run("calibrate", *inputs, "--held-out", held, "--out", out, "--target", "0.97")
     policy = Policy.load(out)
     assert (policy.model_name, policy.model_fingerprint) == ("a model", "0123456789abcdef")
-    assert (policy.head_fingerprint, policy.target, policy.features) == (Head.fingerprint, 0.97, "both")
+    assert (policy.head_fingerprint, policy.target) == (Head.fingerprint, 0.97)
+    assert policy.features == ("entropy", "probability")
     assert policy.fitted_on["source"] == "a.jsonl, b.jsonl" and policy.fitted_on["answers"] == 1200
     with Image.open(tmp_path / "risk-coverage.png") as plot:
         assert plot.format == "PNG"
@@ -189,9 +192,7 @@ def test_from_a_source_to_a_policy_to_a_queue_and_back(drawn_answers, tmp_path, 
     lines = [json.loads(line) for line in features.read_text().splitlines()]
     assert counts["answers"] == len(lines) == 60 and counts["accepted"] + counts["review"] == 60
     assert counts["review"] == counts["new"] == sum(line["verdict"] == "review" for line in lines) > 5
-    assert [fitted.decide(line["entropy"], line["probability"]).verdict for line in lines] == [
-        x["verdict"] for x in lines
-    ]
+    assert [fitted.decide(line["features"]).verdict for line in lines] == [line["verdict"] for line in lines]
     # A second run adds nothing.
     run("review", "run", source, "--policy", policy, "--queue", queue)
     assert f"{counts['accepted']} accepted, {counts['review']} to review (0 new)" in capsys.readouterr().out
@@ -234,14 +235,15 @@ def test_the_shipped_model_answers_with_a_head(tmp_path, one_thread, capsys):
     assert main(["review", "run", f"scenes:held-out?count=8&{KINDS}", *arguments]) == 0
     assert "8 to review (8 new)" in capsys.readouterr().out
     lines = [json.loads(line) for line in features.read_text().splitlines()]
-    assert all(0 <= line["entropy"] <= 1 and 0 < line["probability"] <= 1 for line in lines)
+    for line in lines:
+        assert 0 <= line["features"]["entropy"] <= 1 and 0 < line["features"]["probability"] <= 1
     assert sum(line["right"] for line in lines) >= 6  # the model, not the head, answers
     assert all(line["right"] == (line["answer"] == line["reference"]) for line in lines)
     with Queue(queue) as opened:
         items = opened.items()
         assert all(item.has_map and item.head_fingerprint == head.fingerprint for item in items)
         assert items[0].model_fingerprint == fingerprint(model)
-    Policy("entropy", (0.5,), (0.1,), (-1.0,), 0.0, 0.5, 0.95, 0.05).save(tmp_path / "policy.json")
+    Policy(("entropy",), (0.5,), (0.1,), (-1.0,), 0.0, 0.5, 0.95, 0.05).save(tmp_path / "policy.json")
     assert (
         main(["review", "run", "scenes:held-out?count=2", *arguments, "--policy", str(tmp_path / "policy.json")]) == 2
     )
@@ -261,7 +263,7 @@ def test_without_a_policy_every_answer_is_queued(drawn_answers, tmp_path, capsys
 
 
 def test_a_policy_of_another_head_is_refused_before_anything_is_answered(drawn_answers, tmp_path):
-    Policy("entropy", (0.5,), (0.1,), (-1.0,), 0.0, 0.5, 0.95, 0.05).save(tmp_path / "policy.json")
+    Policy(("entropy",), (0.5,), (0.1,), (-1.0,), 0.0, 0.5, 0.95, 0.05).save(tmp_path / "policy.json")
     with pytest.raises(ModelMismatchError, match="without fingerprint"):
         run(
             *("review", "run", "scenes:held-out?count=6", "--policy", tmp_path / "policy.json"),

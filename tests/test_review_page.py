@@ -22,10 +22,13 @@ Open = Callable[..., Any]
 
 @pytest.fixture
 def queue(tmp_path: Path) -> Iterator[Queue]:
-    policy = Policy("both", (0.5, 3.0), (0.1, 2.0), (-1.0, 2.0), 1.0, 0.95, 0.95, 0.05, 0.45, 0.98)
+    policy = Policy(
+        ("entropy", "probability"), (0.5, 3.0), (0.1, 2.0), (-1.0, 2.0), 1.0, 0.95, 0.95, 0.05,
+        {"entropy": 0.45, "probability": 0.98},
+    )  # fmt: skip
     with Queue(tmp_path / "queue.sqlite") as opened:
         for number in range(1, 7):
-            opened.append(record(number), policy.decide(0.5 + 0.05 * number, 0.3))
+            opened.append(record(number), policy.decide({"entropy": 0.5 + 0.05 * number, "probability": 0.3}))
         yield opened
 
 
@@ -36,7 +39,7 @@ def open_page(driver: Any, queue: Queue) -> Iterator[Open]:  # noqa: F811
     serving = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=serving.serve_forever, daemon=True)
     thread.start()
-    address = f"http://127.0.0.1:{serving.server_port}/"
+    address = f"http://127.0.0.1:{serving.server_port}/{app.extensions['lvlm_fastxai_secret']}/"
 
     def open_page(width: int = 1100, scheme: str = "light", path: str = "", errors: bool = False) -> Any:
         media = [

@@ -20,7 +20,8 @@ from PIL import Image
 
 from lvlm_fastxai.errors import ArgumentError, ModelMismatchError
 from lvlm_fastxai.review import Decision, Policy, Queue, Record, apply
-from lvlm_fastxai.review.queue import StaleDecisionError, picture_digest
+from lvlm_fastxai.review.items import picture_digest
+from lvlm_fastxai.review.queue import StaleDecisionError
 
 REVIEW = Decision("review", 0.25, "The map is widely spread.")
 
@@ -31,8 +32,7 @@ def make(number: int = 0, **changes: Any) -> Record:
         picture=Image.fromarray(pixels),
         question=f"what is it, {number}?",
         answer=f"a thing {number}",
-        entropy=0.75,
-        probability=0.5,
+        features={"entropy": 0.75, "probability": 0.5},
         image_map=np.arange(6, dtype=np.float32).reshape(2, 3),
         region=(0.0, -2.0, 16.0, 14.0),
         model_name="a model",
@@ -55,7 +55,7 @@ def test_an_item_comes_back_as_it_was(queue):
     number, new = queue.append(record, REVIEW)
     assert new
     shown = queue.item(number)
-    for name in ("question", "answer", "entropy", "probability", "region", "model_name", "model_fingerprint"):
+    for name in ("question", "answer", "features", "region", "model_name", "model_fingerprint"):
         assert getattr(shown, name) == getattr(record, name)
     assert (shown.head_fingerprint, shown.sample_id, shown.extra) == ("4567", "1", {"kind": "shape"})
     assert (shown.score, shown.reason, shown.state, shown.decision) == (0.25, REVIEW.reason, "open", None)
@@ -69,15 +69,15 @@ def test_an_item_comes_back_as_it_was(queue):
 
 
 def test_an_item_may_lack_everything_but_the_answer(queue):
-    record = Record(make().picture.convert("L"), "what?", "that", entropy=float("nan"))
+    record = Record(make().picture.convert("L"), "what?", "that", {"entropy": float("nan"), "probability": None})
     shown = queue.item(queue.append(record)[0])
-    assert (shown.entropy, shown.probability, shown.score, shown.region, shown.reason) == (None, None, None, None, "")
+    assert (shown.features, shown.score, shown.region, shown.reason) == ({}, None, None, "")
     assert not shown.has_map and queue.image_map(shown.id) is None
 
 
 def test_a_rerun_adds_nothing(queue):
     first = [queue.append(make(number), REVIEW)[0] for number in range(5)]
-    again = [queue.append(make(number, entropy=0.1), REVIEW) for number in range(5)]
+    again = [queue.append(make(number, features={}), REVIEW) for number in range(5)]
     assert again == [(number, False) for number in first]
     for changes in ({"answer": "other"}, {"model_fingerprint": "89"}, {"sample_id": "x"}, {"question": "who?"}):
         assert queue.append(make(0, **changes))[1]
@@ -244,8 +244,8 @@ def test_files_that_are_no_queue(tmp_path):
 
 
 def test_the_journal_is_written_through(queue):
-    assert queue._database.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
-    assert queue._database.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
+    assert queue._database.execute("PRAGMA journal_mode").fetchone()[0] == "delete"
+    assert queue._database.execute("PRAGMA synchronous").fetchone()[0] == 3  # EXTRA
 
 
 def test_threads_share_a_queue(queue):
@@ -354,20 +354,20 @@ def test_a_killed_writer_loses_nothing_that_was_acknowledged(tmp_path):
 
 
 def policy(**changes: Any) -> Policy:
-    fitted = Policy("entropy", (0.5,), (0.1,), (-1.0,), 0.0, 0.5, 0.95, 0.05)
+    fitted = Policy(("entropy",), (0.5,), (0.1,), (-1.0,), 0.0, 0.5, 0.95, 0.05)
     return replace(fitted, model_fingerprint="0123", head_fingerprint="4567", **changes)
 
 
 def test_a_policy_accepts_or_queues(queue):
-    passed = apply(policy(), queue, make(entropy=0.4))
+    passed = apply(policy(), queue, make(features={"entropy": 0.4}))
     assert passed.decision.accepted and (passed.item, passed.new) == (None, False) and queue.items() == []
-    held = apply(policy(), queue, make(entropy=0.6))
+    held = apply(policy(), queue, make(features={"entropy": 0.6}))
     assert held.new and held.item is not None
     shown = queue.item(held.item)
     assert (shown.score, shown.reason) == (held.decision.score, held.decision.reason)
-    assert not apply(policy(), queue, make(entropy=0.6)).new
+    assert not apply(policy(), queue, make(features={"entropy": 0.6})).new
     with pytest.raises(ModelMismatchError, match="map head"):
-        apply(policy(), queue, make(entropy=0.6, head_fingerprint="other"))
+        apply(policy(), queue, make(features={"entropy": 0.6}, head_fingerprint="other"))
 
 
 def export(queue: Queue, path: Path) -> list[dict[str, Any]]:
@@ -392,7 +392,7 @@ def test_export(queue, tmp_path):
     assert (corrected["answer"], corrected["model_answer"], corrected["right"]) == ("a ★", "a thing 1", False)
     assert "answer" not in rejected and rejected["right"] is False and rejected["verdict"] == "reject"
     assert [line["id"] for line in (confirmed, corrected, rejected)] == ["1", "2", "3"]
-    assert (confirmed["entropy"], confirmed["probability"], confirmed["score"]) == (0.75, 0.5, 0.25)
+    assert (confirmed["features"], confirmed["score"]) == ({"entropy": 0.75, "probability": 0.5}, 0.25)
     assert (confirmed["model_fingerprint"], confirmed["head_fingerprint"]) == ("0123", "4567")
     for number, line in enumerate((confirmed, corrected, rejected)):
         with Image.open(path.parent / line["image"]) as picture:

@@ -21,7 +21,9 @@ from lvlm_fastxai.explain.report.colormap import OPACITY_FLOOR, colours
 from lvlm_fastxai.review import Decision, Queue, Record
 
 flask = pytest.importorskip("flask", reason="Flask is not installed")
-from lvlm_fastxai.review import server  # noqa: E402
+from lvlm_fastxai.review import server, site  # noqa: E402
+from lvlm_fastxai.review.bodies import UPLOAD_MOST  # noqa: E402
+from lvlm_fastxai.review.overlay import overlay  # noqa: E402
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&{{token}}"
 SERVICE = "a token of another service"
@@ -41,8 +43,7 @@ def record(number: int, **changes: Any) -> Record:
     values: dict[str, Any] = {
         "question": f"what is in picture {number}?",
         "answer": f"a square {number}",
-        "entropy": 0.5,
-        "probability": 0.25,
+        "features": {"entropy": 0.5, "probability": 0.25},
         "image_map": image_map,
         "model_name": "a model",
         "sample_id": f"sample-{number}",
@@ -62,8 +63,21 @@ def queue(tmp_path: Path) -> Iterator[Queue]:
 @pytest.fixture
 def client(queue: Queue) -> Iterator[Any]:
     app = server.create_app(queue.path, service_token=SERVICE)
-    yield app.test_client()
+    yield opened(app)
     app.extensions["lvlm_fastxai_queue"].close()
+
+
+def opened(app: Any) -> Any:
+    """A client whose paths begin with the application's secret, as the page's do."""
+
+    from flask.testing import FlaskClient
+
+    class Opened(FlaskClient):
+        def open(self, path: str, *arguments: Any, **options: Any) -> Any:
+            return super().open(f"/{app.extensions['lvlm_fastxai_secret']}{path}", *arguments, **options)
+
+    app.test_client_class = Opened
+    return app.test_client()
 
 
 def token(client: Any) -> str:
@@ -104,7 +118,7 @@ def png(size: tuple[int, int] = (60, 40), kind: str = "PNG", **options: Any) -> 
 def test_page_is_whole_and_refers_to_nothing_outside(client):
     home = client.get("/")
     assert home.status_code == 200 and home.mimetype == "text/html"
-    assert set(re.findall(r'(?:src|href|action)="([^"]*)"', home.text)) == {"data:,", "/review.css", "/review.js"}
+    assert set(re.findall(r'(?:src|href|action)="([^"]*)"', home.text)) == {"data:,", "review.css", "review.js"}
     assert not re.search(r"\son\w+=|style=|<style|<script>", home.text)
     style, script = client.get("/review.css"), client.get("/review.js")
     assert (style.mimetype, script.mimetype) == ("text/css", "text/javascript")
@@ -139,7 +153,7 @@ def test_list_with_filters_and_counts(client, queue):
 
 
 def test_long_lists_are_cut_and_say_so(client, queue, monkeypatch):
-    monkeypatch.setattr(server, "LIST_MOST", 3)
+    monkeypatch.setattr(site, "LIST_MOST", 3)
     found = client.get("/api/items").json
     assert [item["id"] for item in found["items"]] == [1, 2, 3] and found["more"]
 
@@ -320,7 +334,7 @@ def test_names_that_are_not_this_servers_are_refused(client, host, path):
 def test_names_and_addresses_that_were_allowed(queue):
     app = server.create_app(queue.path, names=("Review.lan",), addresses=True)
     expected = {"review.lan:80": 200, "192.168.1.5": 200, "[fe80::1]": 200, "evil.example": 403}
-    assert {host: app.test_client().get("/", headers={"Host": host}).status_code for host in expected} == expected
+    assert {host: opened(app).get("/", headers={"Host": host}).status_code for host in expected} == expected
 
 
 def test_other_methods_are_refused(client, queue):
@@ -331,7 +345,7 @@ def test_other_methods_are_refused(client, queue):
 
 
 def test_every_start_has_a_token_of_its_own(client, queue):
-    other = server.create_app(queue.path).test_client()
+    other = opened(server.create_app(queue.path))
     assert token(client) == token(client) != token(other)
     assert decide(client, headers={"X-Review-Token": token(other)}).status_code == 403
 
@@ -342,7 +356,8 @@ def test_upload(client, queue, kind):
     assert reply.status_code == 201 and reply.json == {"id": 6, "new": True}
     shown = queue.item(6)
     assert (shown.question, shown.answer, shown.reason) == ("what?", "this", "It seems odd.")
-    assert (shown.entropy, shown.probability, shown.score, shown.extra) == (0.5, 0.25, None, {"added": "page"})
+    assert (shown.features, shown.score) == ({"entropy": 0.5, "probability": 0.25}, None)
+    assert shown.extra == {"added": "page"}
     with Image.open(io.BytesIO(queue.picture(6))) as found:
         assert found.format == "PNG"
         assert np.abs(np.asarray(found).astype(int) - np.asarray(picture())).mean() < 5
@@ -394,7 +409,7 @@ def tagged_bmp() -> bytes:
         ({"picture": header_of(100, 100)}, 400),
         ({"picture": [png(), png()]}, 400),
         ({"picture": "no file"}, 400),
-        ({"picture": bytes(server.UPLOAD_MOST + 1)}, 413),
+        ({"picture": bytes(UPLOAD_MOST + 1)}, 413),
         ({"question": None}, 400),
         ({"question": " "}, 400),
         ({"answer": "x" * 20_001}, 400),
@@ -429,7 +444,7 @@ def test_another_service_adds_answers_and_can_do_nothing_else(client, queue):
 
 
 def test_without_a_service_token_no_bearer_is_one(queue):
-    client = server.create_app(queue.path).test_client()
+    client = opened(server.create_app(queue.path))
     for wrong in ("Bearer ", "Bearer", "Bearer x"):
         assert upload(client, headers={"Authorization": wrong}).status_code == 401
     with pytest.raises(ArgumentError, match="16 characters"):
@@ -447,16 +462,16 @@ def test_a_queue_that_fails_is_said(client, queue, monkeypatch):
 
 def test_overlay_colours_the_region_and_nothing_else():
     image_map = np.array([[0.0, 2.0]], np.float32)
-    values = np.asarray(server.overlay(image_map, (500, 600), (100.0, -50.0, 300.0, 200.0)))
+    values = np.asarray(overlay(image_map, (500, 600), (100.0, -50.0, 300.0, 200.0)))
     assert values.shape == (600, 500, 4)
     assert (values[200:] == 0).all() and (values[:, :100] == 0).all() and (values[:, 300:] == 0).all()
     inside = values[:200, 100:300]
     assert (inside[:, 0, 3] == round(255 * OPACITY_FLOOR)).all() and (inside[:, -1, 3] == 255).all()
     np.testing.assert_array_equal(inside[0, -1, :3], colours(np.ones((), np.float32)).round())
     # Beyond the picture on all sides, as a padding processor's is; and large pictures are not drawn larger.
-    assert np.asarray(server.overlay(image_map, (5000, 100), (-10.0, -2000.0, 5010.0, 3000.0))).shape == (20, 1024, 4)
-    assert (np.asarray(server.overlay(np.zeros((2, 2), np.float32), (9, 9), (0, 0, 9, 9)))[..., 3] == 115).all()
-    assert (np.asarray(server.overlay(image_map, (500, 500), (600.0, 0.0, 700.0, 100.0))) == 0).all()
+    assert np.asarray(overlay(image_map, (5000, 100), (-10.0, -2000.0, 5010.0, 3000.0))).shape == (20, 1024, 4)
+    assert (np.asarray(overlay(np.zeros((2, 2), np.float32), (9, 9), (0, 0, 9, 9)))[..., 3] == 115).all()
+    assert (np.asarray(overlay(image_map, (500, 500), (600.0, 0.0, 700.0, 100.0))) == 0).all()
 
 
 def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:
@@ -480,7 +495,7 @@ def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:
 def test_served_on_a_free_port_of_this_machine(queue):
     process, address = start(str(queue.path), "--port", "0")
     try:
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address) and not address.endswith(":0/")
+        assert re.fullmatch(r"http://127\.0\.0\.1:[1-9]\d*/[\w-]{43}/", address)
         with urllib.request.urlopen(address, timeout=20) as reply:
             assert reply.status == 200 and "Server" not in reply.headers
         with urllib.request.urlopen(f"{address}items/1/picture.png", timeout=20) as reply:

@@ -41,6 +41,11 @@ class LiveAnswer:
     region: tuple[float, float, float, float]
     tokens: list[int] = field(default_factory=list)
 
+    @property
+    def features(self) -> dict[str, float]:
+        """What a policy of `lvlm_fastxai.review` can decide by, under the names of its list."""
+        return {"entropy": self.entropy, "probability": self.probability}
+
 
 def live_answers(
     model: Any,

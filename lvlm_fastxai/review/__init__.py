@@ -9,35 +9,49 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .calibration import Answers, Calibration, calibrate, check
-    from .policy import Decision, Policy
-    from .queue import Applied, Queue, Record, apply
+    from .answers import Answers
+    from .calibration import Calibration, calibrate, check
+    from .export import backup
+    from .features import FEATURES, Feature
+    from .items import Record, Shown
+    from .policy import Decision, Identity, Policy
+    from .queue import Applied, Queue, apply
+
+_HOME = {
+    "Answers": "answers",
+    "Applied": "queue",
+    "Calibration": "calibration",
+    "Decision": "policy",
+    "FEATURES": "features",
+    "Feature": "features",
+    "Identity": "policy",
+    "Policy": "policy",
+    "Queue": "queue",
+    "Record": "items",
+    "Shown": "items",
+    "apply": "queue",
+    "backup": "export",
+    "calibrate": "calibration",
+    "check": "calibration",
+}
 
 __all__ = [
+    "FEATURES",
     "Answers",
     "Applied",
     "Calibration",
     "Decision",
+    "Feature",
+    "Identity",
     "Policy",
     "Queue",
     "Record",
+    "Shown",
     "apply",
+    "backup",
     "calibrate",
     "check",
 ]
-
-_HOME = {
-    "Answers": "calibration",
-    "Calibration": "calibration",
-    "calibrate": "calibration",
-    "check": "calibration",
-    "Decision": "policy",
-    "Policy": "policy",
-    "Applied": "queue",
-    "Queue": "queue",
-    "Record": "queue",
-    "apply": "queue",
-}
 
 
 def __getattr__(name: str) -> Any:

@@ -48,7 +48,7 @@ const failed = (error) => say(error instanceof TypeError ? "The server does not 
 
 async function refresh() {
   const query = new URLSearchParams({ state, search: element("search").value, order: element("order").value });
-  const found = await ask(`/api/items?${query}`);
+  const found = await ask(`api/items?${query}`);
   list = found.items;
   version = found.version;
   element("more").hidden = !found.more;
@@ -109,7 +109,7 @@ const place = () => (current === null ? -1 : list.findIndex((item) => item.id ==
 // Item
 
 async function show(id) {
-  const item = await ask(`/api/items/${id}`);
+  const item = await ask(`api/items/${id}`);
   if (current === null || current.id !== item.id) leaveEdit(false);
   current = item;
   drawItem();
@@ -126,7 +126,7 @@ function showNothing() {
     reject: "Nothing rejected yet.", all: "The queue is empty.",
   }[state];
   if (element("search").value) element("nothing").textContent = "Nothing found.";
-  history.replaceState(null, "", "/");
+  history.replaceState(null, "", location.pathname);
   markCurrent();
 }
 
@@ -138,7 +138,7 @@ function drawItem() {
   element("nothing").hidden = true;
   element("item").setAttribute("aria-label", `Item ${item.id}`);
   const frame = element("frame");
-  const picture = `/items/${item.id}/picture.png`;
+  const picture = `items/${item.id}/picture.png`;
   if (element("picture").getAttribute("src") !== picture) {
     element("picture").src = picture;
     element("picture").width = item.width;
@@ -147,7 +147,7 @@ function drawItem() {
     frame.style.setProperty("--ratio", item.width / item.height);
     frame.classList.toggle("small", Math.max(item.width, item.height) < SMALL_PICTURE);
     element("map").hidden = !item.has_map;
-    if (item.has_map) element("map").src = `/items/${item.id}/map.png`;
+    if (item.has_map) element("map").src = `items/${item.id}/map.png`;
     else element("map").removeAttribute("src");
     element("controls").hidden = !item.has_map;
   }
@@ -166,8 +166,7 @@ function drawItem() {
   }
   element("reason").textContent = item.reason || "No policy has judged it.";
   const facts = [
-    ["Entropy of the map", item.entropy === null ? "–" : item.entropy.toFixed(3)],
-    ["Probability", item.probability === null ? "–" : percent(item.probability)],
+    ...item.facts,
     ["Chance of being right", item.score === null ? "–" : percent(item.score)],
     ["Queued", new Date(item.created).toLocaleString()],
     ["Model", item.model_name || "–"],
@@ -212,7 +211,7 @@ async function decide(verdict, answer) {
   try {
     const body = { verdict, seen: item.decision, note: element("note").value, reviewer: element("reviewer").value };
     if (answer !== undefined) body.answer = answer;
-    const { decision } = await post(`/api/items/${item.id}/decisions`, body);
+    const { decision } = await post(`api/items/${item.id}/decisions`, body);
     mine.push({ item: item.id, decision });
     element("note").value = "";
     leaveEdit(true);
@@ -242,7 +241,7 @@ async function undo() {
   if (last === null) return say("There is nothing to undo.");
   busy = true;
   try {
-    await post(`/api/items/${last.item}/decisions`, { verdict: "reopen", seen: last.decision, reviewer: element("reviewer").value });
+    await post(`api/items/${last.item}/decisions`, { verdict: "reopen", seen: last.decision, reviewer: element("reviewer").value });
     mine.pop();
     await refresh();
     await show(last.item);
@@ -287,7 +286,7 @@ function leaveEdit(refocus) {
 async function poll() {
   if (document.hidden || busy) return;
   try {
-    const found = await ask("/api/version");
+    const found = await ask("api/version");
     if (version !== null && found.version.join() !== version.join() && !busy) await catchUp();
   } catch { /* said when something is asked for */ }
 }
@@ -299,7 +298,7 @@ async function catchUp() {
     return;
   }
   const before = current;
-  const now = await ask(`/api/items/${before.id}`);
+  const now = await ask(`api/items/${before.id}`);
   if (current !== before || now.decision === before.decision) return;
   current = now;
   drawItem();
@@ -365,7 +364,7 @@ element("add-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   element("add-error").textContent = "";
   try {
-    const found = await post("/items", new FormData(event.target));
+    const found = await post("items", new FormData(event.target));
     event.target.reset();
     element("add").close();
     await refresh();
