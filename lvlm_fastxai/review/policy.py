@@ -18,7 +18,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ArgumentError, ModelMismatchError
 from ..files import write_whole
-from ..models.fingerprint import is_outdated
 from .features import FEATURES, apart, finite_features, parse_features
 
 __all__ = ["SCHEMA", "Decision", "Identity", "Policy", "Verdict", "feature_matrix"]
@@ -179,6 +178,8 @@ class Policy:
             ("map head", self.head_fingerprint, head_fingerprint),
         ):
             if own != given:
+                from ..models.fingerprint import is_outdated
+
                 earlier = "; its fingerprint is of an earlier version, which read a part of the weights only"
                 name = f" ({self.model_name})" if what == "model" and self.model_name else ""
                 raise ModelMismatchError(
