@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..console import Bars, say
+from ..methods import registry
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation, Settings, evaluate
@@ -28,8 +29,9 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Written out, since the modules that know them load torch.
-METHODS = ("chefer", "lvlm_interpret", "glimpse", "raw_attention", "gradient_input", "chefer_untrained", "random")
+# What no user would explain with: an older method, an answer explained with an untrained model, and noise as the floor.
+BASELINES = ("gradient_input", "chefer_untrained", "random")
+METHODS = (*registry.names(lambda traits: traits.sweeps), *BASELINES)
 SCENES, CURVES, DESCRIPTIONS = 100, 60, 200
 
 

@@ -18,7 +18,7 @@ from . import CURVES, DESCRIPTIONS, METHODS, SCENES
 from .bootstrap import ClusterBootstrap
 from .cases import Case, held_out_cases, held_out_descriptions
 from .curves import FILLS, FRACTIONS, Curves, deletion_insertion
-from .maps import ABLATIONS, AnswerMaps, compute_maps
+from .maps import ABLATED, ABLATIONS, AnswerMaps, compute_maps
 from .metrics import l1_distance
 from .scores import ScoreTable, map_scores
 
@@ -73,7 +73,7 @@ class Settings:
     @property
     def whole_answer_variants(self) -> tuple[str, ...]:
         """The methods, and the ablations of glimpse if it is one of them."""
-        return (*self.methods, *(ABLATIONS if "glimpse" in self.methods else ()))
+        return (*self.methods, *(ABLATIONS if ABLATED in self.methods else ()))
 
 
 @dataclass
@@ -181,30 +181,28 @@ def evaluate(
     settings = settings or Settings()
     stages = _Stages(progress)
     answerer = Answerer(model, processor)
-    questions = _evaluate_part(
-        answerer,
-        held_out_cases(settings.scenes, settings.seed),
-        settings.methods,
-        settings,
-        stages,
+    asked = _Plan(
         what="questions",
+        cases=held_out_cases(settings.scenes, settings.seed),
+        methods=settings.methods,
         curves=settings.curves,
         reference="chefer",
+        distances=False,
         groups=question_groups,
     )
+    questions = _evaluate_part(answerer, asked, settings, stages)
     whole_answers, words = None, None
     if settings.descriptions:
-        whole_answers = _evaluate_part(
-            answerer,
-            held_out_descriptions(settings.descriptions, settings.seed),
-            settings.whole_answer_variants,
-            settings,
-            stages,
+        described = _Plan(
             what="descriptions",
+            cases=held_out_descriptions(settings.descriptions, settings.seed),
+            methods=settings.whole_answer_variants,
             curves=settings.curves // 2,
-            reference="glimpse",
+            reference=ABLATED,
+            distances=True,
             groups=description_groups,
         )
+        whole_answers = _evaluate_part(answerer, described, settings, stages)
         words = word_table(answerer, whole_answers.scored, settings.whole_answer_variants)
     spread: dict[str, Any] = {"resamples": settings.resamples, "seed": settings.seed}
     by_word = words.summary(np.ones(len(words.scene), dtype=bool), **spread) if words else {}
@@ -227,51 +225,99 @@ class _Stages:
         self._began = now
 
 
-def _evaluate_part(
-    answerer: Answerer,
-    cases: Sequence[Case],
-    methods: Sequence[str],
-    settings: Settings,
-    stages: _Stages,
-    *,
-    what: str,
-    curves: int,
-    reference: str,
-    groups: Callable[[Sequence[Scored]], Mapping[str, Sequence[bool]]],
-) -> Part:
+@dataclass(frozen=True)
+class _Plan:
+    """What is asked and compared in one part of the evaluation.
+
+    Attributes:
+        what: the questions' name in progress and seconds.
+        cases: the questions.
+        methods: variants of `maps.VARIANTS`.
+        curves: number of questions that get deletion and insertion curves.
+        reference: the method that the others are compared with.
+        distances: whether each map's distance from the reference's is a score.
+        groups: of the scored questions.
+    """
+
+    what: str
+    cases: Sequence[Case]
+    methods: Sequence[str]
+    curves: int
+    reference: str
+    distances: bool
+    groups: Callable[[Sequence[Scored]], Mapping[str, Sequence[bool]]]
+
+
+def _evaluate_part(answerer: Answerer, plan: _Plan, settings: Settings, stages: _Stages) -> Part:
     """From the cases to their scores: answer, explain, score, delete and insert, summarise."""
+    stage, total = f"answering {plan.what}", len(plan.cases)
     answers = answer_cases(
-        answerer,
-        cases,
-        settings.max_new_tokens,
-        lambda done: stages.progress(f"answering {what}", done, len(cases)),
+        answerer, plan.cases, settings.max_new_tokens, lambda done: stages.progress(stage, done, total)
     )
-    stages.lap(f"answering {what}")
+    stages.lap(stage)
     scored = [
         Scored(case, tokens, answerer.decode(tokens))
-        for case, tokens in zip(cases, answers, strict=True)
-        if case.has_evidence and tokens
+        for case, tokens in zip(plan.cases, answers, strict=True)
+        if case.has_evidence and answerer.spoken(tokens)
     ]
     if not scored:
         raise FastXAIError("no question could be scored: none has both evidence and an answer; ask about more scenes")
+    _explain(answerer, scored, plan, settings, stages)
+    chosen = _delete_and_insert(answerer, scored, plan, settings, stages)
+    table = ScoreTable.collect(
+        [q.case.scene.seed for q in scored],
+        plan.groups(scored),
+        {method: [q.scores[method] for q in scored] for method in plan.methods},
+    )
+    spread: dict[str, Any] = {
+        "reference": plan.reference,
+        "resamples": settings.resamples,
+        "seed": settings.seed,
+    }
+    without_evidence = sum(not case.has_evidence for case in plan.cases)
+    part = Part(
+        plan.reference,
+        accuracy_by_kind(plan.cases, [answerer.decode(tokens) for tokens in answers]),
+        {"no evidence": without_evidence, "empty answer": total - without_evidence - len(scored)},
+        scored,
+        {
+            "correct": table.summary(np.array([q.correct for q in scored]), **spread),
+            "all": table.summary(np.ones(len(scored), dtype=bool), **spread),
+        },
+        mean_curves(chosen, plan.methods, settings),
+    )
+    stages.lap("statistics")
+    return part
+
+
+def _explain(answerer: Answerer, scored: Sequence[Scored], plan: _Plan, settings: Settings, stages: _Stages) -> None:
+    """Give every question its maps and their scores."""
+    stage = f"explaining {plan.what}"
     maps, boxes = compute_maps(
         answerer,
         [q.case for q in scored],
         [q.tokens for q in scored],
-        methods,
+        plan.methods,
         seed=settings.seed,
-        progress=lambda done: stages.progress(f"explaining {what}", done, len(scored)),
+        progress=lambda done: stages.progress(stage, done, len(scored)),
     )
-    stages.lap(f"explaining {what}")
+    stages.lap(stage)
     for question, own, box in zip(scored, maps, boxes, strict=True):
         question.maps, question.box = own, box
         for method, found in own.items():
             scores = map_scores(found.answer, question.case.question.mask, box, question.case.objects_mask)
-            if reference == "glimpse" and reference in own:
-                scores["distance"] = l1_distance(found.answer, own[reference].answer)
+            if plan.distances and plan.reference in own:
+                scores["distance"] = l1_distance(found.answer, own[plan.reference].answer)
             question.scores[method] = scores
     stages.lap("scoring")
-    chosen = [scored[index] for index in curve_questions(scored, curves, settings.seed)]
+
+
+def _delete_and_insert(
+    answerer: Answerer, scored: Sequence[Scored], plan: _Plan, settings: Settings, stages: _Stages
+) -> list[Scored]:
+    """Give some of the questions their curves and the areas under them; return these."""
+    stage = f"curves of {plan.what}"
+    chosen = [scored[index] for index in curve_questions(scored, plan.curves, settings.seed)]
     for number, question in enumerate(chosen):
         question.curves = deletion_insertion(
             answerer,
@@ -286,30 +332,9 @@ def _evaluate_part(
         for method, curve in question.curves.items():
             question.scores[method]["deletion"] = curve.deletion_area
             question.scores[method]["insertion"] = curve.insertion_area
-        stages.progress(f"curves of {what}", number + 1, len(chosen))
-    stages.lap(f"curves of {what}")
-    table = ScoreTable.collect(
-        [q.case.scene.seed for q in scored],
-        groups(scored),
-        {method: [q.scores[method] for q in scored] for method in methods},
-    )
-    spread: dict[str, Any] = {"reference": reference, "resamples": settings.resamples, "seed": settings.seed}
-    part = Part(
-        reference,
-        accuracy_by_kind(cases, [answerer.decode(tokens) for tokens in answers]),
-        {
-            "no evidence": sum(not case.has_evidence for case in cases),
-            "empty answer": sum(case.has_evidence and not tokens for case, tokens in zip(cases, answers, strict=True)),
-        },
-        scored,
-        {
-            "correct": table.summary(np.array([q.correct for q in scored]), **spread),
-            "all": table.summary(np.ones(len(scored), dtype=bool), **spread),
-        },
-        mean_curves(chosen, methods, settings),
-    )
-    stages.lap("statistics")
-    return part
+        stages.progress(stage, number + 1, len(chosen))
+    stages.lap(stage)
+    return chosen
 
 
 def answer_cases(

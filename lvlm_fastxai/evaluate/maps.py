@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..explain.aggregation import aggregate
 from ..explain.relevancy_rows import explain_rows
-from ..methods import GlimpseOptions
+from ..methods import GlimpseOptions, registry
 from ..prompting.answering import Answerer, Inputs, batched
 from ..sweep.descent import Descent
 from ..sweep.forward import Sweep
@@ -30,7 +30,7 @@ UNTRAINED_SEED = 2**40
 
 @dataclass(frozen=True)
 class Variant:
-    """How a map of an answer is made.
+    """How the map of an answer is made.
 
     Attributes:
         method: one of `lvlm_fastxai.relevancy_rows`, "gradient_input", "chefer_untrained" (the same answer explained
@@ -44,23 +44,25 @@ class Variant:
     options: GlimpseOptions | None = None
 
 
-# What each changes of the method that it starts with.
+_WEIGHED = registry.names(lambda traits: traits.weighs_tokens)
+# The method of which parts are left out or exchanged, and what each ablation changes.
+ABLATED = "glimpse"
 WEIGHTINGS = {
-    "glimpse weighting=confidence": Variant("glimpse", "confidence"),
-    "glimpse weighting=prompt": Variant("glimpse", "prompt"),
-    "glimpse weighting=uniform": Variant("glimpse", "uniform"),
+    "glimpse weighting=confidence": Variant(ABLATED, "confidence"),
+    "glimpse weighting=prompt": Variant(ABLATED, "prompt"),
+    "glimpse weighting=uniform": Variant(ABLATED, "uniform"),
 }
 ABLATIONS = {
     **WEIGHTINGS,
-    "glimpse depth_rate=0": Variant("glimpse", "glimpse", GlimpseOptions(depth_rate=0.0)),
-    "glimpse depth_rate=scaled": Variant("glimpse", "glimpse", GlimpseOptions(depth_rate="scaled")),
-    "glimpse layers=top:0.6": Variant("glimpse", "glimpse", GlimpseOptions(layers="top:0.6")),
-    "glimpse propagation=identity": Variant("glimpse", "glimpse", GlimpseOptions(propagation="identity")),
-    "glimpse stats_domain=causal": Variant("glimpse", "glimpse", GlimpseOptions(stats_domain="causal")),
+    "glimpse depth_rate=0": Variant(ABLATED, "glimpse", GlimpseOptions(depth_rate=0.0)),
+    "glimpse depth_rate=scaled": Variant(ABLATED, "glimpse", GlimpseOptions(depth_rate="scaled")),
+    "glimpse layers=top:0.6": Variant(ABLATED, "glimpse", GlimpseOptions(layers="top:0.6")),
+    "glimpse propagation=identity": Variant(ABLATED, "glimpse", GlimpseOptions(propagation="identity")),
+    "glimpse stats_domain=causal": Variant(ABLATED, "glimpse", GlimpseOptions(stats_domain="causal")),
     "chefer weighting=glimpse": Variant("chefer", "glimpse"),
 }
 VARIANTS = {
-    **{method: Variant(method, "glimpse" if method == "glimpse" else "uniform") for method in METHODS},
+    **{method: Variant(method, "glimpse" if method in _WEIGHED else "uniform") for method in METHODS},
     **ABLATIONS,
 }
 
@@ -138,7 +140,7 @@ def compute_maps(
     batch: int = 16,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[dict[str, AnswerMaps]], list[Box]]:
-    """Maps of every answer, token by token and as a whole.
+    """Make the maps of every answer, token by token and as a whole.
 
     Args:
         answerer: model and processor.
@@ -160,51 +162,89 @@ def compute_maps(
     by_length: dict[int, list[int]] = {}
     for index, answer in enumerate(answers):
         by_length.setdefault(len(answer), []).append(index)
-    for length, members in sorted(by_length.items()):
+    for _, members in sorted(by_length.items()):
         for part in batched(members, batch):
-            images = [cases[index].scene.image for index in part]
-            questions = [cases[index].question.text for index in part]
-            prompts = answerer.encode(images, questions)
-            layouts = [layout for (layout,) in answerer.image_layouts(prompts, [[image] for image in images])]
-            start = prompts["input_ids"].shape[1]
-            inputs = answerer.accepted(answerer.join(prompts, [answers[index] for index in part]))
-            targets = [
-                (sample, start + place - 1, token)
-                for sample, index in enumerate(part)
-                for place, token in enumerate(answers[index])
-            ]
-            found: dict[tuple[str, GlimpseOptions | None], tuple[Tensor, Tensor]] = {}
+            joined = _Joined(answerer, [cases[index] for index in part], [answers[index] for index in part], twin)
             for name in variants:
-                variant = VARIANTS[name]
-                if variant.method == "random":
-                    for index, layout in zip(part, layouts, strict=True):
-                        noise = random_maps(length, layout.shape, np.random.default_rng([seed, 3, index]))
-                        maps[index][name] = AnswerMaps(noise, np.full(length, 1 / length))
-                    continue
-                key = (variant.method, variant.options)
-                if key not in found:
-                    found[key] = _rows(answerer.model, twin, inputs, targets, start, *key)
-                rows, probabilities = (values.split(length) for values in found[key])
-                for sample, (index, layout) in enumerate(zip(part, layouts, strict=True)):
-                    weights = np.full(length, 1 / length)
-                    if variant.weighting != "uniform":
-                        # The map of an answer is linear in its tokens' maps: their weights are all that is needed.
-                        aggregated = aggregate(
-                            rows[sample],
-                            probabilities[sample],
-                            answerer.image_columns(prompts, sample),
-                            answerer.question_columns(prompts, sample, questions[sample]),
-                            weighting=variant.weighting,
-                            query_rows=range(start - 1, start - 1 + length),
-                        )
-                        weights = aggregated.image_weights.double().numpy()
-                    tokens = np.stack([layout.read(row).double().numpy() for row in rows[sample]])
-                    maps[index][name] = AnswerMaps(tokens, weights)
-            for index, layout in zip(part, layouts, strict=True):
+                noise = [np.random.default_rng([seed, 3, index]) for index in part]
+                for index, found in zip(part, joined.maps(VARIANTS[name], noise), strict=True):
+                    maps[index][name] = found
+            for index, layout in zip(part, joined.layouts, strict=True):
                 boxes[index] = layout.box
             done += len(part)
             progress(done)
     return maps, boxes
+
+
+class _Joined:
+    """Questions and their answers of one length, in one teacher-forced input."""
+
+    def __init__(
+        self, answerer: Answerer, cases: Sequence[Case], answers: Sequence[Sequence[int]], twin: nn.Module | None
+    ) -> None:
+        images = [case.scene.image for case in cases]
+        self._answerer = answerer
+        self._answers = answers
+        self._questions = [case.question.text for case in cases]
+        self._twin = twin
+        self._prompts = answerer.encode(images, self._questions)
+        self._inputs = answerer.accepted(answerer.join(self._prompts, answers))
+        self._start = self._prompts["input_ids"].shape[1]
+        self._rows: dict[tuple[str, GlimpseOptions | None], tuple[Tensor, Tensor]] = {}
+        self.layouts = [layout for (layout,) in answerer.image_layouts(self._prompts, [[image] for image in images])]
+
+    def maps(self, variant: Variant, noise: Sequence[np.random.Generator]) -> list[AnswerMaps]:
+        """Make one variant's maps of every answer; `noise` draws the random ones."""
+        length = len(self._answers[0])
+        if variant.method == "random":
+            made = [random_maps(length, layout.shape, rng) for layout, rng in zip(self.layouts, noise, strict=True)]
+            return [AnswerMaps(tokens, self._uniform(sample)) for sample, tokens in enumerate(made)]
+        rows, probabilities = (values.split(length) for values in self._of(variant.method, variant.options))
+        return [
+            AnswerMaps(
+                np.stack([layout.read(row).double().numpy() for row in rows[sample]]),
+                self._weights(sample, rows[sample], probabilities[sample], variant.weighting),
+            )
+            for sample, layout in enumerate(self.layouts)
+        ]
+
+    def _uniform(self, sample: int) -> NDArray[np.float64]:
+        """Special tokens count for nothing, all others alike."""
+        spoken = self._answerer.spoken(self._answers[sample])
+        weights = np.zeros(len(self._answers[sample]))
+        weights[spoken] = 1 / len(spoken)
+        return weights
+
+    def _weights(self, sample: int, rows: Tensor, probabilities: Tensor, weighting: str) -> NDArray[np.float64]:
+        """What each token counts for: the map of an answer is linear in its tokens' maps."""
+        weights = self._uniform(sample)
+        if weighting == "uniform":
+            return weights
+        spoken = self._answerer.spoken(self._answers[sample])
+        found = aggregate(
+            rows[spoken],
+            probabilities[spoken],
+            self._answerer.image_columns(self._prompts, sample),
+            self._answerer.question_columns(self._prompts, sample, self._questions[sample]),
+            weighting=weighting,
+            query_rows=[self._start - 1 + place for place in spoken],
+        )
+        weights[spoken] = found.image_weights.double().numpy()
+        return weights
+
+    def _of(self, method: str, options: GlimpseOptions | None) -> tuple[Tensor, Tensor]:
+        """(N, S) rows and (N,) probabilities of all tokens, computed once."""
+        key = method, options
+        if key not in self._rows:
+            targets = [
+                (sample, self._start + place - 1, token)
+                for sample, answer in enumerate(self._answers)
+                for place, token in enumerate(answer)
+            ]
+            self._rows[key] = _rows(
+                self._answerer.model, self._twin, self._inputs, targets, self._start, method, options
+            )
+        return self._rows[key]
 
 
 def _rows(
