@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -84,6 +85,12 @@ def list_tiles(
 
 
 @triton.jit
+def digits(number, a, b, c):
+    """Four indices of a program, out of its number, from the one that runs fastest."""
+    return number % a, number // a % b, number // a // b % c, number // a // b // c
+
+
+@triton.jit
 def load_rows(base, stride, count, FIRST: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """(ROWS, PIECE) of a matrix (count, WIDTH) from column FIRST on; zeros outside."""
     i = tl.arange(0, ROWS)[:, None]
@@ -147,8 +154,41 @@ def streamed_product(
 
 @triton.jit
 def as_multiples(stride_b, stride_h, stride_i, ALIGNMENT: tl.constexpr):
-    """The same strides, seen to be multiples by the compiler, which else reads rows of 72 elements one by one."""
+    """The same strides, which the compiler now knows to be multiples. Else it reads rows of 72 elements one by one."""
     return stride_b // ALIGNMENT * ALIGNMENT, stride_h // ALIGNMENT * ALIGNMENT, stride_i // ALIGNMENT * ALIGNMENT
+
+
+def listed_tiles(
+    key_start: Tensor,  # (B, Sq)
+    key_end: Tensor,  # (B, Sq)
+    row: Tensor,  # (B, N, Sq) contiguous
+    keys: int,
+    tile: tuple[int, int],
+    *,
+    targets_at_once: int,
+    weighted: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launch `list_tiles` on the current device for tiles of (query rows, keys) and return its tiles and counts.
+
+    Args:
+        targets_at_once: for each chunk of so many targets there is a list of its own.
+        weighted: whether rows whose weight is zero are left out.
+    """
+    (batch, targets, queries), (block_q, block_k) = row.shape, tile
+    chunks = triton.cdiv(targets, targets_at_once) if weighted else 1
+    key_blocks = triton.cdiv(keys, block_k)
+    tiles = key_start.new_empty((batch, chunks, key_blocks, triton.cdiv(queries, block_q)), dtype=torch.int32)
+    counts = key_start.new_empty((batch, chunks, key_blocks, 2), dtype=torch.int32)
+    list_tiles[(batch * chunks * key_blocks,)](
+        *(key_start, key_end, row, tiles, counts, *key_start.stride(), *key_end.stride()),
+        *(queries, keys, targets, key_blocks, chunks),
+        TARGETS=targets_at_once,
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        TILES=TILES_AT_ONCE,
+        WEIGHTED=weighted,
+    )
+    return tiles, counts
 
 
 def pieces(width: int) -> tuple[int, int]:
@@ -158,6 +198,11 @@ def pieces(width: int) -> tuple[int, int]:
         return low, 0
     high = max(16, 1 << (width - low - 1).bit_length())
     return (2 * low, 0) if high >= low else (low, high)
+
+
+def strides_of(*tensors: Tensor) -> tuple[int, ...]:
+    """Every stride but that of the last axis, tensor after tensor."""
+    return tuple(stride for tensor in tensors for stride in tensor.stride()[:-1])
 
 
 def alignment_of(*tensors: Tensor) -> int:

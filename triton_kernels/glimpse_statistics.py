@@ -23,9 +23,11 @@ from ._tiles import (
     SIZES,
     alignment_of,
     as_multiples,
+    digits,
     is_interpreted,
     launch_options,
     load_piece,
+    strides_of,
     with_contiguous_last_axis,
 )
 
@@ -52,6 +54,18 @@ def is_inside(j, ranges, starts: tl.constexpr, rows, queries, keys, ROWS: tl.con
     start, end = load_range(ranges, starts, rows, queries, keys, ROWS)
     # A single comparison of unsigned numbers.
     return (j[None, :] - start[:, None]).to(tl.uint32) < (end - start).to(tl.uint32)[:, None]
+
+
+@triton.jit
+def union(start, end, rows, keys):
+    """The first key and the end of what the ranges of some rows hold together."""
+    return tl.min(tl.where(rows, start, keys), axis=0), tl.max(tl.where(rows, end, 0), axis=0)
+
+
+@triton.jit
+def intersection(start, end, rows, keys):
+    """The first key and the end of what the range of each of some rows holds."""
+    return tl.max(tl.where(rows, start, 0), axis=0), tl.min(tl.where(rows, end, keys), axis=0)
 
 
 @triton.jit
@@ -203,25 +217,19 @@ def tile_sums(
 ):
     # The last rows, which see most under a causal mask, come first, so that only light programs trail.
     program = tl.program_id(0)
-    split = program % splits
-    block = query_blocks - 1 - program // splits % query_blocks
-    target = (program // splits // query_blocks % targets).to(tl.int64)
-    sample = (program // splits // query_blocks // targets).to(tl.int64)
+    split, block, target, sample = digits(program, splits, query_blocks, targets)
+    block, target, sample = query_blocks - 1 - block, target.to(tl.int64), sample.to(tl.int64)
     first_query = block.to(tl.int64) * BLOCK_Q
-    query_stride_b, query_stride_h, query_stride_i = as_multiples(
-        query_stride_b, query_stride_h, query_stride_i, ALIGNMENT
-    )
-    key_stride_b, key_stride_h, key_stride_j = as_multiples(key_stride_b, key_stride_h, key_stride_j, ALIGNMENT)
-    value_stride_b, value_stride_h, value_stride_j = as_multiples(
-        value_stride_b, value_stride_h, value_stride_j, ALIGNMENT
-    )
-    grad_stride_b, grad_stride_h, grad_stride_i = as_multiples(grad_stride_b, grad_stride_h, grad_stride_i, ALIGNMENT)
+    query_steps = as_multiples(query_stride_b, query_stride_h, query_stride_i, ALIGNMENT)
+    key_steps = as_multiples(key_stride_b, key_stride_h, key_stride_j, ALIGNMENT)
+    value_steps = as_multiples(value_stride_b, value_stride_h, value_stride_j, ALIGNMENT)
+    grad_steps = as_multiples(grad_stride_b, grad_stride_h, grad_stride_i, ALIGNMENT)
     grad_stride_n = grad_stride_n // ALIGNMENT * ALIGNMENT
 
-    query += sample * query_stride_b + first_query * query_stride_i
-    key += sample * key_stride_b
-    value += sample * value_stride_b
-    grad_output += sample * grad_stride_b + target * grad_stride_n + first_query * grad_stride_i
+    query += sample * query_steps[0] + first_query * query_steps[2]
+    key += sample * key_steps[0]
+    value += sample * value_steps[0]
+    grad_output += sample * grad_steps[0] + target * grad_stride_n + first_query * grad_steps[2]
     logsumexp += sample * heads * queries + first_query
     part = (sample * targets + target) * splits + split
     row_sums += part * heads * queries + first_query
@@ -233,24 +241,19 @@ def tile_sums(
     inside = tl.arange(0, BLOCK_Q) < count
     start, end = load_range(ranges, 0, inside, queries, keys, BLOCK_Q)
     first, last = load_range(ranges, 2, inside, queries, keys, BLOCK_Q)
-    seeing = start < end
-    summing = first < last
+    seeing, summing = start < end, first < last
     # Keys that some row sees, keys that all rows see, and the same of the sums. A row without sums has no say.
-    first_seen = tl.min(tl.where(seeing, start, keys), axis=0)
-    last_seen = tl.max(tl.where(seeing, end, 0), axis=0)
-    first_seen_by_all = tl.max(tl.where(summing, start, 0), axis=0)
-    last_seen_by_all = tl.min(tl.where(summing, end, keys), axis=0)
-    first_summed = tl.min(tl.where(summing, first, keys), axis=0)
-    last_summed = tl.max(tl.where(summing, last, 0), axis=0)
-    first_summed_by_all = tl.max(tl.where(summing, first, 0), axis=0)
-    last_summed_by_all = tl.min(tl.where(summing, last, keys), axis=0)
+    first_seen, last_seen = union(start, end, seeing, keys)
+    first_seen_by_all, last_seen_by_all = intersection(start, end, summing, keys)
+    first_summed, last_summed = union(first, last, summing, keys)
+    first_summed_by_all, last_summed_by_all = intersection(first, last, summing, keys)
 
     for first_key in range((first_summed // BLOCK_K + split) * BLOCK_K, last_summed, splits * BLOCK_K):
         j = first_key + tl.arange(0, BLOCK_K)
         last_key = first_key + BLOCK_K
         key_rows = (j >= first_summed) & (j < last_summed)
-        keys_here = key + tl.cast(first_key, tl.int64) * key_stride_j
-        values_here = value + tl.cast(first_key, tl.int64) * value_stride_j
+        keys_here = key + tl.cast(first_key, tl.int64) * key_steps[2]
+        values_here = value + tl.cast(first_key, tl.int64) * value_steps[2]
         unseen = (last_key <= first_seen) | (first_key >= last_seen)
         # Keys that no row sums over are read as zeros, and need no mask.
         summed = (first_summed_by_all <= tl.maximum(first_key, first_summed)) & (
@@ -258,23 +261,23 @@ def tile_sums(
         )
         if unseen & summed:
             add_heads(
-                count, first_key, query, query_stride_h, query_stride_i, grad_output, grad_stride_h, grad_stride_i,
-                logsumexp, row_sums, gradient_sums, norms, keys_here, key_stride_h, key_stride_j, values_here,
-                value_stride_h, value_stride_j, ranges, summing, key_rows, heads, queries, keys, score_scale,
+                count, first_key, query, query_steps[1], query_steps[2], grad_output, grad_steps[1], grad_steps[2],
+                logsumexp, row_sums, gradient_sums, norms, keys_here, key_steps[1], key_steps[2], values_here,
+                value_steps[1], value_steps[2], ranges, summing, key_rows, heads, queries, keys, score_scale,
                 GROUP, WIDTH, PIECE, PIECES, BLOCK_Q, BLOCK_K, ALIGNMENT, False, False,
             )  # fmt: skip
         elif (first_seen_by_all <= first_key) & (last_seen_by_all >= last_key):
             add_heads(
-                count, first_key, query, query_stride_h, query_stride_i, grad_output, grad_stride_h, grad_stride_i,
-                logsumexp, row_sums, gradient_sums, norms, keys_here, key_stride_h, key_stride_j, values_here,
-                value_stride_h, value_stride_j, ranges, summing, key_rows, heads, queries, keys, score_scale,
+                count, first_key, query, query_steps[1], query_steps[2], grad_output, grad_steps[1], grad_steps[2],
+                logsumexp, row_sums, gradient_sums, norms, keys_here, key_steps[1], key_steps[2], values_here,
+                value_steps[1], value_steps[2], ranges, summing, key_rows, heads, queries, keys, score_scale,
                 GROUP, WIDTH, PIECE, PIECES, BLOCK_Q, BLOCK_K, ALIGNMENT, True, False,
             )  # fmt: skip
         else:
             add_heads(
-                count, first_key, query, query_stride_h, query_stride_i, grad_output, grad_stride_h, grad_stride_i,
-                logsumexp, row_sums, gradient_sums, norms, keys_here, key_stride_h, key_stride_j, values_here,
-                value_stride_h, value_stride_j, ranges, summing, key_rows, heads, queries, keys, score_scale,
+                count, first_key, query, query_steps[1], query_steps[2], grad_output, grad_steps[1], grad_steps[2],
+                logsumexp, row_sums, gradient_sums, norms, keys_here, key_steps[1], key_steps[2], values_here,
+                value_steps[1], value_steps[2], ranges, summing, key_rows, heads, queries, keys, score_scale,
                 GROUP, WIDTH, PIECE, PIECES, BLOCK_Q, BLOCK_K, ALIGNMENT, True, True,
             )  # fmt: skip
         # The next block's threads may read other sums than they have written.
@@ -356,26 +359,9 @@ def glimpse_statistics(
     # Triton launches on the current device.
     with torch.cuda.device_of(query):
         tile_sums[(tiles * splits,)](
-            query,
-            key,
-            value,
-            grad_output,
-            logsumexp,
-            ranges,
-            row_sums,
-            gradient_sums,
-            norms,
-            *query.stride()[:3],
-            *key.stride()[:3],
-            *value.stride()[:3],
-            *grad_output.stride()[:4],
-            heads,
-            queries,
-            keys,
-            targets,
-            query_blocks,
-            splits,
-            scale * LOG2_E,
+            *(query, key, value, grad_output, logsumexp, ranges, row_sums, gradient_sums, norms),
+            *strides_of(query, key, value, grad_output),
+            *(heads, queries, keys, targets, query_blocks, splits, scale * LOG2_E),
             **constants(chosen, heads // key_heads, width, alignment_of(query, key, value, grad_output)),
             **launch_options(),
         )

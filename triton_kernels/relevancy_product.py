@@ -23,16 +23,17 @@ from ._tiles import (
     INTERPRETED_ROWS,
     LOG2_E,
     SIZES,
-    TILES_AT_ONCE,
     alignment_of,
     as_multiples,
+    digits,
     is_interpreted,
     launch_options,
-    list_tiles,
+    listed_tiles,
     load_columns,
     load_rows,
     pieces,
     streamed_product,
+    strides_of,
     with_contiguous_last_axis,
 )
 
@@ -184,27 +185,21 @@ def column_sums(
     # Blocks of keys run fastest: the programs alive at a time share the queries of a few heads in the cache, and under
     # a causal mask a head's heavy blocks come first, so that only the last head's light ones trail.
     program = tl.program_id(0)
-    block = program % key_blocks
-    head = program // key_blocks % heads
-    chunk = program // key_blocks // heads % chunks
-    sample = (program // key_blocks // heads // chunks).to(tl.int64)
+    block, head, chunk, sample = digits(program, key_blocks, heads, chunks)
+    sample = sample.to(tl.int64)
     key_head = head // group
     first_key = block * BLOCK_K
     first_target = chunk * TARGETS
-    query_stride_b, query_stride_h, query_stride_i = as_multiples(
-        query_stride_b, query_stride_h, query_stride_i, ALIGNMENT
-    )
-    key_stride_b, key_stride_h, key_stride_j = as_multiples(key_stride_b, key_stride_h, key_stride_j, ALIGNMENT)
-    value_stride_b, value_stride_h, value_stride_j = as_multiples(
-        value_stride_b, value_stride_h, value_stride_j, ALIGNMENT
-    )
-    grad_stride_b, grad_stride_h, grad_stride_i = as_multiples(grad_stride_b, grad_stride_h, grad_stride_i, ALIGNMENT)
+    query_steps = as_multiples(query_stride_b, query_stride_h, query_stride_i, ALIGNMENT)
+    key_steps = as_multiples(key_stride_b, key_stride_h, key_stride_j, ALIGNMENT)
+    value_steps = as_multiples(value_stride_b, value_stride_h, value_stride_j, ALIGNMENT)
+    grad_steps = as_multiples(grad_stride_b, grad_stride_h, grad_stride_i, ALIGNMENT)
     grad_stride_n = grad_stride_n // ALIGNMENT * ALIGNMENT
 
-    query += sample * query_stride_b + head.to(tl.int64) * query_stride_h
-    key += sample * key_stride_b + key_head.to(tl.int64) * key_stride_h + first_key.to(tl.int64) * key_stride_j
-    value += sample * value_stride_b + key_head.to(tl.int64) * value_stride_h + first_key.to(tl.int64) * value_stride_j
-    grad_output += sample * grad_stride_b + head.to(tl.int64) * grad_stride_h
+    query += sample * query_steps[0] + head.to(tl.int64) * query_steps[1]
+    key += sample * key_steps[0] + key_head.to(tl.int64) * key_steps[1] + first_key.to(tl.int64) * key_steps[2]
+    value += sample * value_steps[0] + key_head.to(tl.int64) * value_steps[1] + first_key.to(tl.int64) * value_steps[2]
+    grad_output += sample * grad_steps[0] + head.to(tl.int64) * grad_steps[1]
     if not SHARED_GRADIENT:
         grad_output += first_target.to(tl.int64) * grad_stride_n
     logsumexp += (sample * heads + head) * queries
@@ -223,34 +218,29 @@ def column_sums(
         left = keys - first_key
         if HIGH:
             key_rows = (
-                load_rows(key, key_stride_j, left, 0, LOW, WIDTH, BLOCK_K),
-                load_rows(key, key_stride_j, left, LOW, HIGH, WIDTH, BLOCK_K),
+                load_rows(key, key_steps[2], left, 0, LOW, WIDTH, BLOCK_K),
+                load_rows(key, key_steps[2], left, LOW, HIGH, WIDTH, BLOCK_K),
             )
             value_rows = (
-                load_rows(value, value_stride_j, left, 0, LOW, WIDTH, BLOCK_K),
-                load_rows(value, value_stride_j, left, LOW, HIGH, WIDTH, BLOCK_K),
+                load_rows(value, value_steps[2], left, 0, LOW, WIDTH, BLOCK_K),
+                load_rows(value, value_steps[2], left, LOW, HIGH, WIDTH, BLOCK_K),
             )
         else:
-            key_rows = (load_rows(key, key_stride_j, left, 0, LOW, WIDTH, BLOCK_K),)
-            value_rows = (load_rows(value, value_stride_j, left, 0, LOW, WIDTH, BLOCK_K),)
+            key_rows = (load_rows(key, key_steps[2], left, 0, LOW, WIDTH, BLOCK_K),)
+            value_rows = (load_rows(value, value_steps[2], left, 0, LOW, WIDTH, BLOCK_K),)
 
     sums = ()
     for _ in tl.static_range(TARGETS):
         sums = sums + (tl.zeros((BLOCK_K,), tl.float32),)  # type: ignore[assignment]
-    for position in range(whole_count):
-        sums = add_tile(
-            sums, tl.load(tiles + position), first_key, key_rows, key_stride_j, value_rows, value_stride_j,
-            query, query_stride_i, grad_output, grad_stride_n, grad_stride_i, logsumexp, row, key_start, key_end,
-            start_stride_i, end_stride_i, queries, keys, targets - first_target, score_scale,
-            WIDTH, LOW, HIGH, RESIDENT, SHARED_GRADIENT, TARGETS, BLOCK_Q, BLOCK_K, False,
-        )  # fmt: skip
-    for position in range(tile_count - part_count, tile_count):
-        sums = add_tile(
-            sums, tl.load(tiles + position), first_key, key_rows, key_stride_j, value_rows, value_stride_j,
-            query, query_stride_i, grad_output, grad_stride_n, grad_stride_i, logsumexp, row, key_start, key_end,
-            start_stride_i, end_stride_i, queries, keys, targets - first_target, score_scale,
-            WIDTH, LOW, HIGH, RESIDENT, SHARED_GRADIENT, TARGETS, BLOCK_Q, BLOCK_K, True,
-        )  # fmt: skip
+    # Tiles without a mask come first.
+    for MASKED in tl.static_range(2):
+        for position in range(tile_count - part_count if MASKED else 0, tile_count if MASKED else whole_count):
+            sums = add_tile(
+                sums, tl.load(tiles + position), first_key, key_rows, key_steps[2], value_rows, value_steps[2],
+                query, query_steps[2], grad_output, grad_stride_n, grad_steps[2], logsumexp, row, key_start,
+                key_end, start_stride_i, end_stride_i, queries, keys, targets - first_target, score_scale,
+                WIDTH, LOW, HIGH, RESIDENT, SHARED_GRADIENT, TARGETS, BLOCK_Q, BLOCK_K, MASKED,
+            )  # fmt: skip
 
     j = first_key + tl.arange(0, BLOCK_K)
     partial += (sample * heads + head) * targets * keys
@@ -327,60 +317,17 @@ def relevancy_product(
     query, key, value, grad_output = map(with_contiguous_last_axis, (query, key, value, grad_output))
     logsumexp, row = logsumexp.contiguous(), row.contiguous()
 
-    key_blocks = triton.cdiv(keys, chosen.block_k)
-    query_tiles = triton.cdiv(queries, chosen.block_q)
-    chunks = triton.cdiv(targets, chosen.targets)
-    tiles = key_start.new_empty((batch, chunks, key_blocks, query_tiles), dtype=torch.int32)
-    counts = key_start.new_empty((batch, chunks, key_blocks, 2), dtype=torch.int32)
+    key_blocks, chunks = triton.cdiv(keys, chosen.block_k), triton.cdiv(targets, chosen.targets)
+    tile = chosen.block_q, chosen.block_k
     partial = row.new_empty((batch, heads, targets, keys))
     # Triton launches on the current device.
     with torch.cuda.device_of(query):
-        list_tiles[(batch * chunks * key_blocks,)](
-            key_start,
-            key_end,
-            row,
-            tiles,
-            counts,
-            *key_start.stride(),
-            *key_end.stride(),
-            queries,
-            keys,
-            targets,
-            key_blocks,
-            chunks,
-            TARGETS=chosen.targets,
-            BLOCK_Q=chosen.block_q,
-            BLOCK_K=chosen.block_k,
-            TILES=TILES_AT_ONCE,
-            WEIGHTED=True,
-        )
+        lists = listed_tiles(key_start, key_end, row, keys, tile, targets_at_once=chosen.targets, weighted=True)
         column_sums[(batch * chunks * heads * key_blocks,)](
-            query,
-            key,
-            value,
-            grad_output,
-            logsumexp,
-            row,
-            key_start,
-            key_end,
-            tiles,
-            counts,
-            partial,
-            *query.stride()[:3],
-            *key.stride()[:3],
-            *value.stride()[:3],
-            *grad_output.stride()[:4],
-            *key_start.stride(),
-            *key_end.stride(),
-            heads,
-            heads // key_heads,
-            queries,
-            keys,
-            targets,
-            key_blocks,
-            chunks,
-            scale * LOG2_E,
-            1 / heads,
+            *(query, key, value, grad_output, logsumexp, row, key_start, key_end, *lists, partial),
+            *(*strides_of(query, key, value, grad_output), *key_start.stride(), *key_end.stride()),
+            *(heads, heads // key_heads, queries, keys, targets, key_blocks, chunks),
+            *(scale * LOG2_E, 1 / heads),
             **constants(chosen, width, shared_gradient, alignment_of(query, key, value, grad_output)),
             **launch_options(),
         )
