@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from PIL import Image
 from lvlm_fastxai.errors import ArgumentError, FastXAIError, ModelMismatchError
 from lvlm_fastxai.fastrm import answers as live
 from lvlm_fastxai.fastrm.head import FastRM
-from lvlm_fastxai.review import Policy, Queue, commands
+from lvlm_fastxai.review import FEATURES, Feature, Policy, Queue, Record, commands
 
 KINDS = "kinds=color,exists"
 
@@ -288,7 +290,7 @@ def test_options_of_review_that_make_no_sense(drawn_answers, tmp_path):
 
 
 def test_list_as_text(tmp_path, capsys):
-    from lvlm_fastxai.review import Decision, Record
+    from lvlm_fastxai.review import Decision
 
     with Queue(tmp_path / "q") as queue:
         queue.append(Record(Image.new("RGB", (4, 4)), "what?", "that\nthere"), Decision("review", 0.125, "Why."))
@@ -305,3 +307,166 @@ def test_options_load_nothing_heavy():
         "print(*{'torch', 'transformers', 'numpy', 'PIL', 'flask', 'sklearn'} & set(sys.modules))"
     )
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "\n"
+
+
+def cli(*arguments: Any) -> int:
+    from lvlm_fastxai.cli import main
+
+    return main([os.fsdecode(argument) if isinstance(argument, bytes) else str(argument) for argument in arguments])
+
+
+def one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and message in errors, errors
+
+
+def test_a_source_that_is_not_there_touches_nothing(drawn_answers, tmp_path, capsys):
+    features = tmp_path / "rec.jsonl"
+    features.write_text("what was there\n")
+    for source in ("typo.jsonl", "scenes:typo?count=3"):
+        assert cli("review", "run", source, "--records", features, "--queue", tmp_path / "queue.db") == 2
+        one_line(capsys, "source: ")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"rec.jsonl": "what was there\n"}
+
+
+def test_records_take_their_name_when_they_are_whole(drawn_answers, tmp_path, capsys, monkeypatch):
+    features, part = tmp_path / "rec.jsonl", tmp_path / "rec.jsonl.part"
+    features.write_text("what was there\n")
+    source = f"scenes:held-out?count=6&{KINDS}"
+
+    def interrupted(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for number, answer in enumerate(drawn(*arguments, **options)):
+            if number == 4:
+                raise KeyboardInterrupt
+            yield answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live, "live_answers", interrupted)
+        assert cli("review", "run", source, "--records", features) == 130
+    assert f"the 4 answers until here are in {part}" in capsys.readouterr().err
+    kept = part.read_text()
+    assert len(kept.splitlines()) == 4 and features.read_text() == "what was there\n"
+    # They are not written over by the next run.
+    assert cli("review", "run", source, "--records", features) == 2
+    one_line(capsys, "holds the answers of a run that did not end; move or delete it first")
+    assert part.read_text() == kept
+    part.unlink()
+    assert cli("review", "run", source, "--records", features) == 0
+    assert features.read_text().startswith(kept) and len(features.read_text().splitlines()) == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["rec.jsonl"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and limits of POSIX")
+def test_records_follow_no_link_and_tell_of_a_full_disk(drawn_answers, tmp_path, capsys):
+    import resource
+
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    (tmp_path / "link").symlink_to(mine)
+    (tmp_path / "rec.jsonl.part").symlink_to(mine)
+    source = f"scenes:held-out?count=20&{KINDS}"
+    for name, message in (("link", "is a link"), ("rec.jsonl", "did not end"), ("none/x", "No such file")):
+        assert cli("review", "run", source, "--records", tmp_path / name) == 2
+        one_line(capsys, message)
+    assert mine.read_text() == "mine"
+    (tmp_path / "rec.jsonl.part").unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2500, hard))
+    try:
+        assert cli("review", "run", source, "--records", tmp_path / "rec.jsonl") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    note, error = capsys.readouterr().err.splitlines()
+    kept = [json.loads(line) for line in (tmp_path / "rec.jsonl.part").read_text().splitlines()]
+    assert f"the {len(kept)} answers until here" in note and len(kept) > 2 and "disk full" in error
+
+
+def test_old_records_calibrate_as_new_ones_do(tmp_path):
+    """The first version wrote every feature under its own name."""
+    old = records(tmp_path / "old.jsonl")
+    lines = [json.loads(line) for line in old.read_text().splitlines()]
+    new = [{**line, "features": {name: line.pop(name) for name in ("entropy", "probability")}} for line in lines]
+    (tmp_path / "new.jsonl").write_text("\n".join(map(json.dumps, new)))
+    found = []
+    for name in ("old", "new"):
+        run("calibrate", tmp_path / f"{name}.jsonl", "--out", tmp_path / "policy.json")
+        found.append(replace(Policy.load(tmp_path / "policy.json"), fitted_on={}))
+    assert found[0] == found[1] and found[0].features == ("entropy", "probability")
+
+
+def test_features_that_a_policy_decides_by(tmp_path, capsys, monkeypatch):
+    path = records(tmp_path / "a.jsonl", entropy=None)
+    out = tmp_path / "policy.json"
+    run("calibrate", path, "--out", out)
+    assert Policy.load(out).features == ("probability",)
+    with pytest.raises(ArgumentError, match="no answer has entropy, probability"):
+        run("calibrate", path, "--out", out, "--features", "both")
+    capsys.readouterr()
+    assert cli("calibrate", path, "--features", "entropy,trust") == 2
+    one_line(capsys, "expected some of entropy, probability, both")
+    # A feature of tomorrow: through a run's records and the queue to a policy and an export.
+    entry = Feature("Trust", "confidence", "value", "percentage", "more", "less")
+    monkeypatch.setitem(FEATURES, "trust", entry)
+
+    def trusting(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for answer in drawn(*arguments, **options):
+            answer.features["trust"] = 0.9 if answer.right else 0.2
+            yield answer
+
+    monkeypatch.setattr(live, "live_answers", trusting)
+    monkeypatch.setattr(FastRM, "from_pretrained", staticmethod(lambda folder: Head()))
+    features, queue = tmp_path / "features.jsonl", tmp_path / "queue.db"
+    run("review", "run", f"scenes:validation?count=120&{KINDS}", "--records", features, "--queue", queue)
+    run("calibrate", features, "--out", out, "--features", "trust", "--target", "0.8")
+    assert Policy.load(out).features == ("trust",) and Policy.load(out).decide({"trust": 0.9}).accepted
+    with Queue(queue) as opened:
+        assert set(opened.item(1).features) == {"entropy", "probability", "trust"}
+        opened.decide(1, "confirm")
+    run("review", "export", queue, tmp_path / "labels.jsonl")
+    assert json.loads((tmp_path / "labels.jsonl").read_text())["features"]["trust"] in (0.9, 0.2)
+
+
+def test_escape_sequences_are_spelled_out(drawn_answers, tmp_path, capsys):
+    bad = "\x1b[2J\x9b31m\u202e"
+    queue = tmp_path / f"q{bad}"
+    with Queue(queue) as opened:
+        opened.append(Record(Image.new("RGB", (4, 4)), f"what{bad}", f"that{bad}"))
+        opened.decide(1, "correct", answer=f"this{bad}", reviewer=f"Ann{bad}")
+    for arguments in (("list", queue), ("list", queue, "--json"), ("export", queue, tmp_path / f"out{bad}"),
+                      ("backup", queue, tmp_path / f"copy{bad}"),
+                      ("run", f"scenes:held-out?count=1&{KINDS}", "--queue", queue, "--records", tmp_path / f"r{bad}"),
+                      ("list", tmp_path / bad)):  # fmt: skip
+        cli("review", *arguments)
+        said = capsys.readouterr()
+        assert not set("\x1b\x9b\u202e") & set(said.out + said.err), arguments
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are not UTF-8")
+def test_names_that_are_not_utf_8(drawn_answers, tmp_path, capfd):
+    source = f"scenes:held-out?count=2&{KINDS}"
+    folder = os.fsencode(tmp_path)
+    queue, features = folder + b"/q\xff.db", folder + b"/r\xff.jsonl"
+    assert cli("review", "run", source, "--queue", queue, "--records", features) == 0
+    assert cli("review", "list", queue) == 0 and cli("review", "backup", queue, folder + b"/copy\xff.db") == 0
+    assert cli("review", "export", queue, folder + b"/out\xff.jsonl") == 0
+    capfd.readouterr()
+    for arguments in (("list", folder + b"/none\xff"), ("run", b"none\xff.jsonl", "--queue", queue)):
+        assert cli("review", *arguments) == 2
+        errors = capfd.readouterr().err
+        assert errors.count("\n") == 1 and "error" in errors
+
+
+def test_records_and_questions_that_nobody_can_read(tmp_path, capsys):
+    """Nested too deeply, halves of surrogate pairs, a model's own mark for a picture: a line each, and exit code 2."""
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text('{"right": true, "features": ' + "[" * 200_000)
+    assert cli("calibrate", deep, "--out", tmp_path / "policy.json") == 2
+    one_line(capsys, "nested too deeply")
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    for question in ("half \ud83d", "what is in <image>?"):
+        source = tmp_path / "source.jsonl"
+        source.write_text(json.dumps({"image": "a.png", "question": question}) + "\n")
+        arguments = ("--queue", tmp_path / "queue.db", "--records", tmp_path / "rec.jsonl", "--max-new-tokens", "1")
+        assert cli("review", "run", source, *arguments) == 2
+        one_line(capsys, "error")
+        assert not (tmp_path / "rec.jsonl").exists() and not (tmp_path / "rec.jsonl.part").exists()

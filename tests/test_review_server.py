@@ -7,6 +7,8 @@ import json
 import re
 import subprocess
 import sys
+import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +20,11 @@ from PIL import Image
 
 from lvlm_fastxai.errors import ArgumentError
 from lvlm_fastxai.explain.report.colormap import OPACITY_FLOOR, colours
-from lvlm_fastxai.review import Decision, Queue, Record
+from lvlm_fastxai.review import FEATURES, Decision, Feature, Queue, Record
 
 flask = pytest.importorskip("flask", reason="Flask is not installed")
+from flask.testing import FlaskClient  # noqa: E402
+
 from lvlm_fastxai.review import server, site  # noqa: E402
 from lvlm_fastxai.review.bodies import UPLOAD_MOST  # noqa: E402
 from lvlm_fastxai.review.overlay import overlay  # noqa: E402
@@ -70,14 +74,17 @@ def client(queue: Queue) -> Iterator[Any]:
 def opened(app: Any) -> Any:
     """A client whose paths begin with the application's secret, as the page's do."""
 
-    from flask.testing import FlaskClient
-
     class Opened(FlaskClient):
         def open(self, path: str, *arguments: Any, **options: Any) -> Any:
             return super().open(f"/{app.extensions['lvlm_fastxai_secret']}{path}", *arguments, **options)
 
     app.test_client_class = Opened
     return app.test_client()
+
+
+def a_stranger(client: Any) -> Any:
+    """Another client of the same application, which does not know the secret."""
+    return FlaskClient(client.application)
 
 
 def token(client: Any) -> str:
@@ -350,6 +357,61 @@ def test_every_start_has_a_token_of_its_own(client, queue):
     assert decide(client, headers={"X-Review-Token": token(other)}).status_code == 403
 
 
+PATHS = ("/", "/review.css", "/review.js", "/api/version", "/api/items", "/api/items/1", "/items/1/picture.png", "/no")
+
+
+@pytest.mark.parametrize("prefix", ["", "/" + "x" * 43, "/%00", "/.", "/?secret="])
+def test_nothing_is_answered_without_the_secret(client, queue, prefix):
+    """As by another user of this machine, who finds the port but not the address that was printed."""
+    stranger = a_stranger(client)
+    for path in PATHS:
+        reply = stranger.get(f"{prefix}{path}")
+        assert reply.status_code == 403 and "review serve" in reply.json["error"]
+    headers = {"X-Review-Token": token(client)}
+    body = {"verdict": "confirm", "seen": None}
+    assert stranger.post("/api/items/1/decisions", json=body, headers=headers).status_code == 403
+    assert stranger.post("/items", headers=headers).status_code == 403
+    assert queue.version() == (5, 0)
+
+
+def test_the_secret_is_the_whole_first_part_of_the_path(client):
+    secret = client.application.extensions["lvlm_fastxai_secret"]
+    assert len(secret) == 43
+    stranger = a_stranger(client)
+    for path in (f"/{secret}", f"/{secret[:-1]}/", f"/{secret}x/", f"/x/{secret}/", f"/?{secret}"):
+        assert stranger.get(path).status_code == 403
+    assert stranger.get(f"/{secret}/").status_code == 200
+    # It is nowhere in what the page is made of: neither a picture's address nor a saved page gives it away.
+    assert all(secret.encode() not in client.get(path).data for path in PATHS)
+
+
+def test_a_service_needs_its_token_and_not_the_secret(client, queue):
+    stranger = a_stranger(client)
+    data = {"picture": (io.BytesIO(png()), "x.png"), "question": "what?", "answer": "this"}
+    reply = stranger.post("/items", data=data, headers={"Authorization": f"Bearer {SERVICE}"})
+    assert reply.status_code == 201 and queue.version() == (6, 0)
+    assert stranger.get("/api/items", headers={"Authorization": f"Bearer {SERVICE}"}).status_code == 403
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be deleted")
+def test_a_decision_about_a_deleted_queue_is_not_taken(client, queue):
+    assert decide(client, 1).status_code == 201
+    queue.path.unlink()
+    for reply in (decide(client, 2), upload(client), client.get("/api/items"), client.get("/api/version")):
+        assert reply.status_code == 500 and "has been deleted, moved or replaced" in reply.json["error"]
+
+
+def test_features_are_shown_by_name(client, queue, monkeypatch):
+    """A listed one with its heading and as its kind is written, one that nobody has listed under its own name."""
+    number, _ = queue.append(record(9, features={"probability": 0.5, "trust": 0.25}))
+    facts = client.get(f"/api/items/{number}").json["facts"]
+    assert facts == [["Entropy of the map", "–"], ["Probability", "50.0%"], ["trust", "0.250"]]
+    monkeypatch.setitem(FEATURES, "trust", Feature("Trust", "confidence", "value", "percentage", "", ""))
+    assert client.get(f"/api/items/{number}").json["facts"][2] == ["Trust", "25.0%"]
+    assert upload(client, trust="0.75").status_code == 201
+    assert queue.item(number + 1).features == {"trust": 0.75}
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_upload(client, queue, kind):
     reply = upload(client, picture=png(kind=kind), entropy="0.5", probability=" 0.25 ", reason="It seems odd.")
@@ -500,10 +562,13 @@ def test_served_on_a_free_port_of_this_machine(queue):
             assert reply.status == 200 and "Server" not in reply.headers
         with urllib.request.urlopen(f"{address}items/1/picture.png", timeout=20) as reply:
             assert reply.read() == queue.picture(1)
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(urllib.parse.urljoin(address, "/"), timeout=20)
     finally:
         process.send_signal(2)  # Ctrl-C
-        _, errors = process.communicate(timeout=20)
+        printed, errors = process.communicate(timeout=20)
     assert process.returncode == 0 and errors == ""
+    assert printed == ""  # the address once, and no log of requests
 
 
 def test_a_warning_where_others_can_reach_it(queue):
