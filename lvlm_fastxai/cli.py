@@ -147,7 +147,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     review = command(
         "review",
-        "answer questions under a policy, and show what it does not accept to a person: run, serve, list, export, backup",
+        "answer questions under a policy, and show the others to a person: run, serve, list, export, backup",
         "lvlm-fastxai review serve queue.db",
     )
     # Their options live beside their code, which need not be imported for the other commands.
