@@ -2,7 +2,7 @@
 
 Prints registers and shared memory of each variant, and fails when one spills registers, does not fit its architecture's
 shared memory, has no tensor-core instruction where it should, or reads matrices other than 16 bytes at a time. Run by
-`make triton`.
+`make triton`. What is compiled of each operator stands in `variants/`.
 
     python .ci/cubins.py [--architectures 80 90 …] [--document docs/triton.md]
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import importlib
 import itertools
 import os
 import re
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -26,74 +27,35 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from variants import TYPES, Variant
 
-from lvlm_fastxai.triton_kernels import (
-    attention_backward_relevancy,
-    glimpse_statistics,
-    proxy_relevancy,
-    relevancy_product,
-)
-from lvlm_fastxai.triton_kernels._tiles import ALIGNMENT, launch_options
+from lvlm_fastxai import ops
+from lvlm_fastxai.triton_kernels._tiles import launch_options
 
 # Most shared memory that one block of threads can have, in KiB: CUDA C++ Programming Guide, "Compute Capabilities".
 # sm_87 has 163, but what is compiled for it stands for sm_86 and sm_89 too.
 SHARED_KIB = {80: 163, 87: 99, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 # cp.async.cg is always of 16 bytes.
 WIDE_READS = ("ld.global.v4.b32", "cp.async.cg.shared.global")
 NARROW_READS = ("ld.global.b16", "ld.global.u16")
 
 
-class Variant(NamedTuple):
-    kernel: str
-    dtype: torch.dtype
-    width: int
-    targets: int = 1
-    shared_gradient: bool = False
-    centered: bool = False
-
-
 # These have given the same numbers as sm_87 for every variant: they are compiled for one width, to see that they do.
 LIKE_87 = (86, 89)
 WIDTH_OF_ALL = 128
 
-# The extremes of each choice that the `configuration` make; fp16 compiles to the same as bf16.
-VARIANTS = [
-    *(Variant("column_sums", torch.bfloat16, width) for width in (64, 72, 96, 100, 128, 256)),
-    *(Variant("column_sums", torch.bfloat16, width, 2) for width in (72, 96, 128)),
-    *(Variant("column_sums", torch.bfloat16, width, 8, True) for width in (128, 256, 512)),
-    Variant("column_sums", torch.float16, 128, 2),
-    Variant("column_sums", torch.float32, 128, 2),
-    Variant("column_sums", torch.float32, 300),
-    *(
-        Variant(kernel, dtype, width)
-        for kernel in ("key_gradients", "query_gradients")
-        for dtype, width in (
-            *((torch.bfloat16, width) for width in (72, 96, 100, 128, 256)),
-            *((torch.float32, width) for width in (128, 300)),
-        )
-    ),
-    *(Variant("tile_sums", torch.bfloat16, width) for width in (64, 72, 96, 100, 128, 256)),
-    *(Variant("tile_sums", torch.float32, width) for width in (128, 300)),
-    *(
-        Variant("column_scores", dtype, width, centered=centered)
-        for dtype, width in (*((torch.bfloat16, width) for width in (128, 4096, 5120, 8192)), (torch.float32, 8192))
-        for centered in (False, True)
-    ),
-    Variant("column_scores", torch.bfloat16, 100, centered=True),
-    *(
-        Variant("tile_scores", dtype, width, targets, centered=True)
-        for dtype in (torch.bfloat16, torch.float32)
-        for width, targets in ((128, 64), (4096, 16), (4096, 64))
-    ),
-    # It reads scores, which have no width.
-    Variant("finish_rows", torch.float32, 1),
-]
-# The products of a folded query are of float32 numbers, exactly.
-WITHOUT_TENSOR_CORES = ("column_scores", "tile_scores", "finish_rows")
-# Query heads to a key head, where a kernel is compiled for that: LLaMA 3 8B's.
-GROUP = 4
+MODULES = {
+    name: importlib.import_module(f"variants.{name}")
+    for name in ops.operators()
+    if "triton" in ops.catalogue()[name].backends
+}
+VARIANTS: list[Variant] = [variant for module in MODULES.values() for variant in module.VARIANTS]
+# Types of the kernels' arguments, for every operator; a module's own POINTERS come before them.
+POINTERS = dict.fromkeys(("logsumexp", "delta", "row", "partial", "row_sums", "gradient_sums", "norms"), "*fp32")
+POINTERS |= dict.fromkeys(("key_start", "key_end", "ranges", "tiles", "counts"), "*i32")
+SCALARS = dict.fromkeys(("score_scale", "scale", "head_share", "eps"), "fp32")
+MATRICES = ("query", "key", "value", "grad_output", "grad_query", "grad_key", "grad_value", "hidden")
 
 
 def targets_of(variant: Variant) -> str:
@@ -112,44 +74,11 @@ class Compiled(NamedTuple):
     wide_reads: bool
 
 
-def is_aligned(variant: Variant) -> bool:
-    """Whether a contiguous tensor's rows all begin at a multiple of 16 bytes."""
-    return variant.width % ALIGNMENT == 0
-
-
 def source(variant: Variant) -> ASTSource:
     """The kernel with the argument types and alignments of tensors as torch allocates them."""
-    alignment = ALIGNMENT if is_aligned(variant) else 1
-    kernel: Any
-    if variant.kernel == "column_sums":
-        kernel = relevancy_product.column_sums
-        configuration = relevancy_product.configuration(*variant[1:5])
-        constants = relevancy_product.constants(configuration, variant.width, variant.shared_gradient, alignment)
-    elif variant.kernel == "tile_sums":
-        kernel = glimpse_statistics.tile_sums
-        statistics = glimpse_statistics.configuration(variant.dtype, variant.width)
-        constants = glimpse_statistics.constants(statistics, GROUP, variant.width, alignment)
-    elif variant.kernel == "finish_rows":
-        kernel = proxy_relevancy.finish_rows
-        constants = {"SOFTMAX": True, "PIECE": proxy_relevancy.ROW_PIECE}
-    elif variant.kernel in ("column_scores", "tile_scores"):
-        kernel = getattr(proxy_relevancy, variant.kernel)
-        scores = proxy_relevancy.configuration(*variant[1:4])
-        constants = proxy_relevancy.constants(scores, variant.width, alignment, variant.centered)
-    else:
-        kernel = getattr(attention_backward_relevancy, variant.kernel)
-        chosen = attention_backward_relevancy.configuration(variant.dtype, variant.width)
-        tile = chosen.key_tile if variant.kernel == "key_gradients" else chosen.query_tile
-        constants = attention_backward_relevancy.constants(chosen, variant.width, alignment, tile)
-    element = f"*{TYPES[variant.dtype]}"
-    types = dict.fromkeys(("query", "key", "value", "grad_output", "grad_query", "grad_key", "grad_value"), element)
-    state = ("logsumexp", "delta", "row", "partial", "row_sums", "gradient_sums", "norms")
-    types |= dict.fromkeys(state, "*fp32")
-    types |= dict.fromkeys(("key_start", "key_end", "ranges", "tiles", "counts"), "*i32")
-    types |= dict.fromkeys(("score_scale", "scale", "head_share"), "fp32")
-    if variant.kernel in WITHOUT_TENSOR_CORES:
-        types |= dict.fromkeys(("query", "offset", "scores", "entropy", "bernoulli"), "*fp32")
-        types |= {"hidden": element, "lengths": "*i32", "eps": "fp32"}
+    module = MODULES[variant.operator]
+    kernel, constants = module.compile_time(variant)
+    types = dict.fromkeys(MATRICES, f"*{TYPES[variant.dtype]}") | POINTERS | SCALARS | getattr(module, "POINTERS", {})
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     # key_end is a view that begins one element after key_start.
     aligned = [name for name, kind in signature.items() if kind[0] == "*" and name != "key_end"]
@@ -185,10 +114,10 @@ def complaints(architecture: int, variant: Variant, compiled: Compiled) -> list[
         found.append(f"{compiled.stack} bytes of stack: registers are spilled")
     if compiled.shared > SHARED_KIB[architecture] * 1024:
         found.append(f"{compiled.shared} bytes of shared memory, of {SHARED_KIB[architecture]} KiB")
-    exact = variant.dtype == torch.float32 or variant.kernel in WITHOUT_TENSOR_CORES
+    exact = variant.dtype == torch.float32 or getattr(MODULES[variant.operator], "EXACT", False)
     if not exact and not compiled.tensor_cores:
         found.append("no tensor-core instruction")
-    if is_aligned(variant) and not compiled.wide_reads:
+    if variant.is_aligned and not compiled.wide_reads:
         found.append("matrices are read other than 16 bytes at a time")
     return found
 

@@ -20,15 +20,13 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from lvlm_fastxai import ops
+
 ROOT = Path(__file__).resolve().parents[1]
 # Most shared memory that one block can have, in KiB: CUDA C++ Programming Guide, "Compute Capabilities".
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 # Before the machine code of sm_80 there are no asynchronous copies and no tensor cores for bfloat16.
 FIRST_WITH_TENSOR_CORES = 80
-# Kernels that multiply matrices; the others prepare and add up.
-MULTIPLYING = ("relevancy_product_columns<", "backward_keys<", "backward_rows<", "glimpse_statistics_rows<")
-# Kernels that stream states which start at 16 bytes: four loads of each of four columns.
-STREAMING, STREAMED_LOADS = "proxy_relevancy_scores<WideStates<", 16
 INSTRUCTIONS = {
     "tensor core": re.compile(r"\bHMMA\.16816\."),
     "16-byte copy": re.compile(r"\bLDGSTS\.E(\.\w+)*\.128\b"),
@@ -94,36 +92,48 @@ def instructions(library: str) -> dict[tuple[int, str], Counter[str]]:
     return found
 
 
-def shared_memory() -> dict[str, int]:
-    """What each kernel's launch asks for at most, in bytes, as the launcher's own code computes it."""
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "shared_memory"
-        source = ROOT / "tests" / "native" / "shared_memory.cpp"
-        output(os.environ.get("CXX", "c++"), "-std=c++17", "-w", source, "-o", program)
-        lines = readable(output(program)).splitlines()
-    return {name.strip(): int(size) for size, name in (line.split(maxsplit=1) for line in lines)}
+class Expected(NamedTuple):
+    """What a kernel's file in tests/native says of it."""
+
+    shared: int = 0
+    multiplies: bool = False
+    loads: int = 0
 
 
-def complaints(kernel: Kernel, counts: Counter[str], shared: int) -> list[str]:
+def expected_kernels() -> dict[str, Expected]:
+    """What is expected of each kernel; its shared memory in bytes is what the launcher's own code asks for at most."""
+    folder = ROOT / "tests" / "native"
+    operators = [name for name in ops.operators() if "cuda" in ops.catalogue()[name].backends]
+    included = [word for name in operators for word in ("-include", folder / f"{name}.h")]
+    with tempfile.TemporaryDirectory() as scratch:
+        program = Path(scratch) / "on_host"
+        compiler = os.environ.get("CXX", "c++")
+        output(compiler, "-std=c++17", "-w", *included, folder / "on_host.cpp", "-o", program)
+        lines = [line.split(maxsplit=3) for line in readable(output(program)).splitlines()]
+    return {name.strip(): Expected(int(size), multiplies == "1", int(loads)) for size, multiplies, loads, name in lines}
+
+
+def complaints(kernel: Kernel, counts: Counter[str], expected: Expected | None) -> list[str]:
     found = []
     if kernel.stack or counts["local memory"]:
         found.append(f"{kernel.stack} bytes of stack, {counts['local memory']} accesses to local memory")
-    multiplies = kernel.name.startswith(MULTIPLYING)
     for_tensor_cores = "<TensorCore" in kernel.name
     if for_tensor_cores and kernel.architecture < FIRST_WITH_TENSOR_CORES:
         return found  # empty there, and never launched
-    if shared > SHARED_KIB[kernel.architecture] << 10:
-        found.append(f"{shared} bytes of shared memory, there are {SHARED_KIB[kernel.architecture]} KiB")
+    if expected is None:
+        if for_tensor_cores or "<Fma" in kernel.name:
+            found.append("it multiplies matrices, and no file in tests/native expects it")
+        return found
+    if expected.shared > SHARED_KIB[kernel.architecture] << 10:
+        found.append(f"{expected.shared} bytes of shared memory, there are {SHARED_KIB[kernel.architecture]} KiB")
     if for_tensor_cores and not counts["tensor core"]:
         found.append("no tensor-core instruction")
     if for_tensor_cores and not counts["matrix load"]:
         found.append("no matrix load")
-    if kernel.name.startswith(STREAMING) and counts["16-byte load"] < STREAMED_LOADS:
-        found.append(f"{counts['16-byte load']} 16-byte loads, expected {STREAMED_LOADS}")
+    if counts["16-byte load"] < expected.loads:
+        found.append(f"{counts['16-byte load']} 16-byte loads, expected {expected.loads}")
     wide = "16-byte copy" if kernel.architecture >= FIRST_WITH_TENSOR_CORES else "16-byte load"
-    if multiplies and not shared:
-        found.append("tests/native/shared_memory.cpp does not name it")
-    if multiplies and not counts[wide]:
+    if expected.multiplies and not counts[wide]:
         found.append(f"no {wide}")
     return found
 
@@ -131,7 +141,7 @@ def complaints(kernel: Kernel, counts: Counter[str], shared: int) -> list[str]:
 def main() -> None:
     (library,) = sys.argv[1:]
     find_tools()
-    shared, counted, kernels = shared_memory(), instructions(library), resources(library)
+    expected, counted, kernels = expected_kernels(), instructions(library), resources(library)
     if not kernels:
         sys.exit(f"cuda_kernels: {library} holds no machine code")
     architectures = sorted({kernel.architecture for kernel in kernels})
@@ -143,12 +153,12 @@ def main() -> None:
         cells = [f"{of_name[a].registers:>5}" if a in of_name else f"{'-':>5}" for a in architectures]
         counts = counted.get((max(of_name), name), Counter())
         print(
-            f"{short:>49}  {''.join(cells)}  shared ≤ {shared.get(name, 0) / 1024:5.1f} KiB  HMMA"
+            f"{short:>49}  {''.join(cells)}  shared ≤ {expected.get(name, Expected()).shared / 1024:5.1f} KiB  HMMA"
             f" {counts['tensor core']:>3}  LDSM {counts['matrix load']:>3}  LDGSTS.128 {counts['16-byte copy']:>2}"
             f"  LDG.128 {counts['16-byte load']:>2}"
         )
         for architecture, kernel in of_name.items():
-            for complaint in complaints(kernel, counted.get((architecture, name), Counter()), shared.get(name, 0)):
+            for complaint in complaints(kernel, counted.get((architecture, name), Counter()), expected.get(name)):
                 failures.append(f"sm_{architecture} {short}: {complaint}")
     print(f"{len(kernels)} kernels; instructions as on sm_{architectures[-1]}")
     if failures:

@@ -20,7 +20,11 @@ available = fx.ops.backends("relevancy_product")
 assert available[expected] is None, available
 assert expected == "cpu" or available["cpu"] is not None, available
 
-assert importlib.util.find_spec("lvlm_fastxai.triton_kernels.relevancy_product"), "the Triton kernels are not installed"
+for name, operator in fx.ops.catalogue().items():
+    if "triton" in operator.backends and operator.composed_of is None:
+        assert importlib.util.find_spec(f"lvlm_fastxai.triton_kernels.{name}"), (
+            f"no Triton kernels of {name} are installed"
+        )
 assert importlib.util.find_spec("triton_kernels") is None, "a name of another package is taken"
 
 torch.manual_seed(0)

@@ -31,6 +31,9 @@ from lvlm_fastxai.errors import ArgumentError, BackendUnavailableError, NotDiffe
 from lvlm_fastxai.ops import key_ranges
 from lvlm_fastxai.reference import attention_backward_relevancy as dense
 
+# At least so many of these tests run in Triton's interpreter; test_triton.py starts it.
+INTERPRETED_TESTS = 55
+
 OPERATORS = {
     "cpu": torch.ops.lvlm_fastxai.attention_backward_relevancy.default,
     "triton": torch.ops.lvlm_fastxai.attention_backward_relevancy_triton.default,

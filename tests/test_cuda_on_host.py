@@ -20,6 +20,7 @@ from support.cases import DTYPES, LAYOUTS, Case, as_view, logsumexp, make_case, 
 from test_build import compiler, run
 from torch import Tensor
 
+from lvlm_fastxai import ops
 from lvlm_fastxai.ops.key_ranges import real_columns
 from lvlm_fastxai.reference import attention_backward_relevancy as dense_backward
 from lvlm_fastxai.reference import glimpse_statistics as dense_statistics
@@ -114,7 +115,9 @@ class Kernels:
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     path = tmp_path_factory.mktemp("cuda_on_host") / "cuda_on_host.so"
     flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared")
-    run([compiler("g++", "clang++"), *flags, NATIVE_SOURCES / "cuda_on_host.cpp", "-o", path])
+    with_cuda = [name for name in ops.operators() if "cuda" in ops.catalogue()[name].backends]
+    included = [word for name in with_cuda for word in ("-include", NATIVE_SOURCES / f"{name}.h")]
+    run([compiler("g++", "clang++"), *flags, *included, NATIVE_SOURCES / "on_host.cpp", "-o", path])
     return ctypes.CDLL(str(path))
 
 

@@ -33,6 +33,9 @@ from lvlm_fastxai.errors import ArgumentError, BackendUnavailableError, NotDiffe
 from lvlm_fastxai.ops import key_ranges
 from lvlm_fastxai.reference import glimpse_statistics as dense
 
+# At least so many of these tests run in Triton's interpreter; test_triton.py starts it.
+INTERPRETED_TESTS = 65
+
 OPERATORS = {
     "cpu": torch.ops.lvlm_fastxai.glimpse_statistics.default,
     "triton": torch.ops.lvlm_fastxai.glimpse_statistics_triton.default,

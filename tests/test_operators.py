@@ -26,8 +26,12 @@ from lvlm_fastxai.ops import _dispatch, _operators
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lvlm_fastxai"
 CATALOGUE = fx.ops.catalogue()
-# Where the kernels of each backend lie.
-KERNELS = {"cpu": "csrc/cpu/{}.cpp", "cuda": "csrc/cuda/{}.cu", "triton": "triton_kernels/{}.py"}
+# Where the kernels of each backend lie, and what checks their machine code.
+KERNELS = {
+    "cpu": ("csrc/cpu/{}.cpp",),
+    "cuda": ("csrc/cuda/{}.cu", "tests/native/{}.h"),
+    "triton": ("triton_kernels/{}.py", ".ci/variants/{}.py"),
+}
 # Every operator has these.
 ROOMS = (
     "lvlm_fastxai/ops/{}.py",
@@ -54,7 +58,7 @@ def test_an_operator_has_all_its_rooms(name: str) -> None:
     assert fx.ops.backends(name)["reference"] is None
     for backend, kernels in KERNELS.items():
         has_kernels = backend in operator.backends and operator.composed_of is None
-        assert (ROOT / kernels.format(name)).is_file() == has_kernels, backend
+        assert [(ROOT / file.format(name)).is_file() for file in kernels] == [has_kernels] * len(kernels), backend
 
 
 @pytest.mark.parametrize("name", [name for name, operator in CATALOGUE.items() if operator.composed_of is not None])

@@ -18,6 +18,9 @@ from lvlm_fastxai import _native
 from lvlm_fastxai.errors import ArgumentError, BackendUnavailableError, NotDifferentiableError
 from lvlm_fastxai.reference import proxy_relevancy as dense
 
+# At least so many of these tests run in Triton's interpreter; test_triton.py starts it.
+INTERPRETED_TESTS = 160
+
 OPERATORS = {
     "cpu": torch.ops.lvlm_fastxai.proxy_relevancy.default,
     "triton": torch.ops.lvlm_fastxai.proxy_relevancy_triton.default,

@@ -32,6 +32,9 @@ from lvlm_fastxai import _native
 from lvlm_fastxai.errors import ArgumentError, BackendUnavailableError, NotDifferentiableError
 from lvlm_fastxai.ops import key_ranges
 
+# At least so many of these tests run in Triton's interpreter; test_triton.py starts it.
+INTERPRETED_TESTS = 67
+
 OPERATORS = {
     "cpu": torch.ops.lvlm_fastxai.relevancy_product.default,
     "triton": torch.ops.lvlm_fastxai.relevancy_product_triton.default,
