@@ -40,7 +40,7 @@ class ClusterBootstrap:
         self._weights = draws.astype(np.float64)  # (resamples, clusters)
 
     def mean(self, values: NDArray[np.float64]) -> Interval:
-        """Mean of (n,) ``values``; NaN entries were not measured and do not count."""
+        """Average (n,) ``values``; NaN entries were not measured and do not count."""
         return self.ratio(values, np.ones(len(values)))
 
     def ratio(self, numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> Interval:

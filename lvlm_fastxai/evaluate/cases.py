@@ -46,7 +46,7 @@ class Case:
 
 
 def held_out_cases(num_scenes: int, seed: int) -> list[Case]:
-    """One question of every kind that each of ``num_scenes`` held-out scenes allows.
+    """Ask one question of every kind that each of ``num_scenes`` held-out scenes allows.
 
     Args:
         num_scenes: 1 … 1 000 000.
@@ -69,5 +69,5 @@ def held_out_cases(num_scenes: int, seed: int) -> list[Case]:
 
 
 def held_out_descriptions(num_scenes: int, seed: int) -> list[Case]:
-    """The descriptions among `held_out_cases`: answers of several words, each with a mask of its own."""
+    """Choose the descriptions among `held_out_cases`: answers of several words, each with a mask of its own."""
     return [case for case in held_out_cases(num_scenes, seed) if case.question.word_masks is not None]

@@ -39,13 +39,13 @@ class Curves:
 
 
 def cell_order(relevancy: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.intp]:
-    """Flat indices of the cells of an (h, w) map, most relevant first, equal ones in random order."""
+    """Order the flat indices of the cells of an (h, w) map, most relevant first, equal ones in random order."""
     flat = relevancy.ravel()
     return np.lexsort((rng.random(flat.size), -flat))
 
 
 def fill_picture(image: Image.Image, fill: str) -> NDArray[np.uint8]:
-    """What takes the place of deleted cells, (H, W, 3): the picture's mean colour, or the picture blurred.
+    """Make what takes the place of deleted cells, (H, W, 3): the picture's mean colour, or the picture blurred.
 
     Raises:
         ArgumentError: an unknown fill.
@@ -61,7 +61,7 @@ def fill_picture(image: Image.Image, fill: str) -> NDArray[np.uint8]:
 def cell_of_pixel(
     size: tuple[int, int], shape: tuple[int, int], box: tuple[float, float, float, float]
 ) -> NDArray[np.intp]:
-    """(H, W) flat index of the grid cell that each pixel's centre lies in; −1 outside the grid.
+    """Find the (H, W) flat index of the grid cell that each pixel's centre lies in; −1 outside the grid.
 
     Args:
         size: (H, W) of the picture.
@@ -78,7 +78,7 @@ def cell_of_pixel(
 def answer_probabilities(
     answerer: Answerer, images: Sequence[Image.Image], question: str, answer: Sequence[int], *, batch: int = 48
 ) -> NDArray[np.float64]:
-    """(n,) geometric mean of the probabilities of the answer's tokens, teacher forced, for n pictures of one size."""
+    """Compute the (n,) geometric mean of the probabilities of the answer's tokens, of n pictures."""
     prompt = answerer.encode(images[:1], [question])
     joined = answerer.join(prompt, [list(answer)])
     start, count = prompt["input_ids"].shape[1], len(answer)
@@ -107,7 +107,7 @@ def deletion_insertion(
     fill: str = "mean",
     seed: int = 0,
 ) -> dict[str, Curves]:
-    """Both curves of several maps of one answer; they share one run of batched forward passes.
+    """Draw both curves of several maps of one answer; they share one run of batched forward passes.
 
     Args:
         answerer: model and processor.

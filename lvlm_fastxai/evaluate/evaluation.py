@@ -219,7 +219,7 @@ class _Stages:
         self._began = time.perf_counter()
 
     def lap(self, stage: str) -> None:
-        """What ran since the last lap was ``stage``."""
+        """Count what ran since the last lap as ``stage``."""
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._began
         self._began = now
@@ -249,7 +249,7 @@ class _Plan:
 
 
 def _evaluate_part(answerer: Answerer, plan: _Plan, settings: Settings, stages: _Stages) -> Part:
-    """From the cases to their scores: answer, explain, score, delete and insert, summarise."""
+    """Take the cases to their scores: answer, explain, score, delete and insert, summarise."""
     stage, total = f"answering {plan.what}", len(plan.cases)
     answers = answer_cases(
         answerer, plan.cases, settings.max_new_tokens, lambda done: stages.progress(stage, done, total)
@@ -345,7 +345,7 @@ def answer_cases(
     *,
     batch: int = 32,
 ) -> list[list[int]]:
-    """The model's greedy answer to every question, as token ids."""
+    """Generate the model's greedy answer to every question, as token ids."""
     answers: list[list[int]] = [[] for _ in cases]
     # Questions of one kind have answers of similar length: a batch generates until its longest is done.
     order = sorted(range(len(cases)), key=lambda index: (cases[index].question.kind, index))
@@ -362,7 +362,7 @@ def answer_cases(
 
 
 def accuracy_by_kind(cases: Sequence[Case], answers: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Right answers and questions, overall and per kind."""
+    """Count right answers and questions, overall and per kind."""
     asked, right = Counter[str](), Counter[str]()
     for case, answer in zip(cases, answers, strict=True):
         for name in ("overall", case.question.kind):
@@ -374,7 +374,7 @@ def accuracy_by_kind(cases: Sequence[Case], answers: Sequence[str]) -> dict[str,
 
 
 def question_groups(questions: Sequence[Scored]) -> dict[str, list[bool]]:
-    """All, by kind, by the number of objects in the scene and by its difficulty."""
+    """Group them: all, by kind, by the number of objects in the scene and by its difficulty."""
     groups: dict[str, list[bool]] = {"overall": [True] * len(questions)}
     for kind in scenes.KINDS:
         groups[kind] = [q.case.question.kind == kind for q in questions]
@@ -385,7 +385,7 @@ def question_groups(questions: Sequence[Scored]) -> dict[str, list[bool]]:
 
 
 def description_groups(questions: Sequence[Scored]) -> dict[str, list[bool]]:
-    """All, and by what the right description speaks of."""
+    """Group them: all, and by what the right description speaks of."""
     two = [any(not np.array_equal(mask, q.case.question.mask) for mask in _word_masks(q)) for q in questions]
     others = [q.case.has_distractors for q in questions]
     return {
@@ -401,7 +401,7 @@ def _word_masks(question: Scored) -> Sequence[NDArray[np.bool_]]:
 
 
 def word_table(answerer: Answerer, questions: Sequence[Scored], methods: Sequence[str]) -> ScoreTable | None:
-    """One row per answer word of the correctly answered descriptions, by the word's part in it; None without any."""
+    """Score every word of the correctly answered descriptions, by its part in the answer; None without any."""
     scene: list[int] = []
     roles: list[str] = []
     several: list[bool] = []
@@ -434,13 +434,13 @@ WORD_ROLES = {"size": scenes.SIZES, "color": scenes.COLORS, "texture": scenes.TE
 
 
 def word_role(word: str) -> str:
-    """What a word of a description says: "size", "color", "texture", "shape", "relation", or "article" for "a"."""
+    """Say what a word of a description names: "size", "color", "texture", "shape", "relation", or "article" for "a"."""
     role = next((role for role, words in WORD_ROLES.items() if word in words), "relation")
     return "article" if word == "a" else role
 
 
 def curve_questions(questions: Sequence[Scored], count: int, seed: int) -> list[int]:
-    """Indices of up to ``count`` correctly answered questions, drawn evenly over kinds and without replacement."""
+    """Choose up to ``count`` correctly answered questions by index, evenly over kinds and without replacement."""
     rng = np.random.default_rng([seed, 4])
     by_kind: dict[str, list[int]] = {}
     for index in rng.permutation(len(questions)).tolist():
@@ -457,7 +457,7 @@ def curve_questions(questions: Sequence[Scored], count: int, seed: int) -> list[
 def mean_curves(
     questions: Sequence[Scored], methods: Sequence[str], settings: Settings
 ) -> dict[str, dict[str, dict[str, list[float | None]]]]:
-    """Mean curve and its 95 % interval at every fraction, per method."""
+    """Average the curves at every fraction, with a 95 % interval, per method."""
     if not questions:
         return {}
     bootstrap = ClusterBootstrap(

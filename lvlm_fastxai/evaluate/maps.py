@@ -113,7 +113,7 @@ def gradient_input_rows(model: nn.Module, inputs: Mapping[str, Any], targets: Se
 
 
 def untrained_twin(model: Any, seed: int) -> Any:
-    """A model of the same configuration, device and dtype whose weights are fresh from its initialisation.
+    """Make a model of the same configuration, device and dtype whose weights are fresh from its initialisation.
 
     A method that explains what a model has learnt must not do as well on this one (Adebayo et al. 2018). torch's own
     generator is left where it stands.
@@ -126,7 +126,7 @@ def untrained_twin(model: Any, seed: int) -> Any:
 
 
 def random_maps(tokens: int, shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float64]:
-    """(tokens, h, w) uniform noise: what a map that knows nothing scores."""
+    """Draw (tokens, h, w) uniform noise: what a map that knows nothing scores."""
     return rng.random((tokens, *shape))
 
 
@@ -199,7 +199,7 @@ class _Joined:
         if variant.method == "random":
             made = [random_maps(length, layout.shape, rng) for layout, rng in zip(self.layouts, noise, strict=True)]
             return [AnswerMaps(tokens, self._uniform(sample)) for sample, tokens in enumerate(made)]
-        rows, probabilities = (values.split(length) for values in self._of(variant.method, variant.options))
+        rows, probabilities = (torch.split(values, length) for values in self._of(variant.method, variant.options))
         return [
             AnswerMaps(
                 np.stack([layout.read(row).double().numpy() for row in rows[sample]]),
@@ -209,14 +209,14 @@ class _Joined:
         ]
 
     def _uniform(self, sample: int) -> NDArray[np.float64]:
-        """Special tokens count for nothing, all others alike."""
+        """Weigh special tokens with nothing, all others alike."""
         spoken = self._answerer.spoken(self._answers[sample])
         weights = np.zeros(len(self._answers[sample]))
         weights[spoken] = 1 / len(spoken)
         return weights
 
     def _weights(self, sample: int, rows: Tensor, probabilities: Tensor, weighting: str) -> NDArray[np.float64]:
-        """What each token counts for: the map of an answer is linear in its tokens' maps."""
+        """Weigh the tokens: the map of an answer is linear in its tokens' maps."""
         weights = self._uniform(sample)
         if weighting == "uniform":
             return weights
@@ -233,7 +233,7 @@ class _Joined:
         return weights
 
     def _of(self, method: str, options: GlimpseOptions | None) -> tuple[Tensor, Tensor]:
-        """(N, S) rows and (N,) probabilities of all tokens, computed once."""
+        """Give the (N, S) rows and (N,) probabilities of all tokens, computed once."""
         key = method, options
         if key not in self._rows:
             targets = [

@@ -24,7 +24,7 @@ WHOLE_PICTURE = (0.0, 0.0, 1.0, 1.0)
 def cell_coverage(
     mask: Mask, shape: tuple[int, int], box: tuple[float, float, float, float] = WHOLE_PICTURE
 ) -> NDArray[np.float64]:
-    """Share of each grid cell's area that a pixel mask takes.
+    """Compute the share of each grid cell's area that a pixel mask takes.
 
     Args:
         mask: (H, W) bool.
@@ -44,18 +44,20 @@ def cell_coverage(
     down = _overlap(np.linspace(top, bottom, shape[0] + 1) * mask.shape[0], mask.shape[0])
     across = _overlap(np.linspace(left, right, shape[1] + 1) * mask.shape[1], mask.shape[1])
     # Rounded so that a cell covered by exactly the threshold does not fall below it by an ulp.
-    return np.round(down @ mask.astype(np.float64) @ across.T, 12)
+    rounded: Array = np.round(down @ mask.astype(np.float64) @ across.T, 12)
+    return rounded
 
 
 def _overlap(edges: Array, pixels: int) -> Array:
     """(cells, pixels): the share of each cell, bounded by ``edges`` in pixels, that each pixel takes."""
     low, high = edges[:-1, None], edges[1:, None]
     first = np.arange(pixels)
-    return np.clip(np.minimum(high, first + 1) - np.maximum(low, first), 0, None) / (high - low)
+    shares: Array = np.clip(np.minimum(high, first + 1) - np.maximum(low, first), 0, None) / (high - low)
+    return shares
 
 
 def evidence_cells(coverage: Array, threshold: float = 0.5) -> Mask:
-    """The cells that count as evidence: covered to at least ``threshold``.
+    """Choose the cells that count as evidence: covered to at least ``threshold``.
 
     An object too small to cover any cell that far is represented by the cell (or cells, if equal) it covers most.
 
@@ -73,7 +75,7 @@ def evidence_cells(coverage: Array, threshold: float = 0.5) -> Mask:
 
 
 def pointing_game(relevancy: Array, evidence: Mask) -> float:
-    """Whether the map's highest cell is evidence (Zhang et al. 2018), without any tolerance around the mask.
+    """Say whether the map's highest cell is evidence (Zhang et al. 2018), without any tolerance around the mask.
 
     Ties: where several cells share the maximum the result is the share of them that is evidence, which is what picking
     one at random would give in the mean. A constant map therefore scores the evidence's share of the grid: chance.
@@ -93,7 +95,7 @@ def pointing_game(relevancy: Array, evidence: Mask) -> float:
 
 
 def mass_in_mask(relevancy: Array, coverage: Array) -> float:
-    """Share of the map's sum that lies inside the mask, with each cell's relevancy spread evenly over its area.
+    """Compute the share of the map's sum that lies inside the mask, each cell's spread evenly over its area.
 
     A map of zeros says nothing, as a constant one does, and scores the same: the mask's share of the area.
 
@@ -118,7 +120,7 @@ def mass_in_mask(relevancy: Array, coverage: Array) -> float:
 
 
 def normalized_scanpath_saliency(relevancy: Array, coverage: Array) -> float:
-    """Mean over the mask's pixels of the map, standardised to mean 0 and deviation 1 over the grid (NSS).
+    """Average, over the mask's pixels, the map standardised to mean 0 and deviation 1 over the grid (NSS).
 
     The score of saliency maps against human fixations (Peters et al. 2005), with the mask's pixels as the fixations.
 
@@ -141,7 +143,7 @@ def normalized_scanpath_saliency(relevancy: Array, coverage: Array) -> float:
 
 
 def l1_distance(relevancy: Array, other: Array) -> float:
-    """Σ |a − b| of two maps, each scaled to sum one: 0 for maps that differ in scale only, 2 for disjoint ones.
+    """Compute Σ |a − b| of two maps, each scaled to sum one: 0 for maps that differ in scale only, 2 for disjoint ones.
 
     A map of zeros counts as constant, as in `mass_in_mask`.
 
@@ -156,7 +158,7 @@ def l1_distance(relevancy: Array, other: Array) -> float:
 
 
 def average_precision(relevancy: Array, evidence: Mask) -> float:
-    """Area under the precision-recall curve (AUPRC) of the map as a ranking of the cells.
+    """Compute the area under the precision-recall curve (AUPRC) of the map as a ranking of the cells.
 
     AP = Σ_n (R_n − R_{n−1}) P_n over the distinct thresholds, highest first: step-wise, without interpolation. Cells of
     equal relevancy enter together, so a constant map scores the evidence's share of the grid.
@@ -180,7 +182,7 @@ def average_precision(relevancy: Array, evidence: Mask) -> float:
 
 
 def area_under_curve(fractions: Sequence[float] | Array, values: Sequence[float] | Array) -> float:
-    """Trapezoidal area under ``values`` over ``fractions``, which ascend from 0 to 1: the curve's mean height.
+    """Compute the trapezoidal area under ``values`` over ``fractions``, ascending from 0 to 1: the mean height.
 
     Raises:
         ArgumentError: lengths differ, or the fractions do not ascend from 0 to 1.
@@ -245,7 +247,7 @@ def risk_coverage(score: Array, right: Mask) -> tuple[Array, Array]:
     return number / len(score), np.cumsum(expected) / number
 
 
-def _check(relevancy: Array, mask: NDArray) -> None:
+def _check(relevancy: Array, mask: NDArray[Any]) -> None:
     if relevancy.shape != mask.shape:
         raise ArgumentError(f"relevancy and mask: expected one shape, got {relevancy.shape} and {mask.shape}")
     if not np.isfinite(relevancy).all():

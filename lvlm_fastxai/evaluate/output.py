@@ -27,7 +27,7 @@ class Table:
     note: str = ""
 
     def text(self) -> str:
-        """For a terminal."""
+        """Write it for a terminal."""
         widths = [max(len(row[column]) for row in (self.header, *self.rows)) for column in range(len(self.header))]
 
         def line(row: Sequence[str]) -> str:
@@ -41,14 +41,14 @@ class Table:
         return "\n".join([self.title, "", line(self.header), rule, *map(line, self.rows), *filter(None, [self.note])])
 
     def markdown(self) -> str:
-        """For a document."""
+        """Write it for a document."""
         rule = [":--", *["--:"] * (len(self.header) - 1)]
         lines = [f"| {' | '.join(row)} |" for row in (self.header, rule, *self.rows)]
         return "\n".join([f"**{self.title}**", "", *lines, *(["", self.note] if self.note else [])])
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """The tables of an evaluation's dictionary (`Evaluation.to_dict`): questions, whole answers, words."""
+    """Make the tables of an evaluation's dictionary (`Evaluation.to_dict`): questions, whole answers, words."""
     questions, answers, words = result["questions"], result["whole_answers"], result["words"]
     correct, methods = questions["summary"]["correct"], result["settings"]["methods"]
     found = [_accuracy(questions)]
@@ -72,7 +72,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 def _compared(groups: Mapping[str, Any], reference: str, title: str, unit: str) -> list[Table]:
-    """Means, and the differences to ``reference`` if it is there."""
+    """Tabulate means, and the differences to ``reference`` if it is there."""
     difference = _difference(groups["overall"], f"Difference to {reference}, {title[0].lower()}{title[1:]}", unit)
     return [_overall(groups["overall"], title, unit), *([difference] if difference else [])]
 
@@ -164,7 +164,7 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def write_csv(path: Path, evaluation: Evaluation) -> None:
-    """One row per question and method with every score, whole answers last; an empty field was not measured."""
+    """Write one row per question and method with every score, whole answers last; an empty field was not measured."""
     parts = {"questions": evaluation.questions, "whole answers": evaluation.whole_answers}
     questions = [(name, q) for name, part in parts.items() if part for q in part.scored]
     scores = sorted({name for _, q in questions for entry in q.scores.values() for name in entry})
@@ -186,7 +186,7 @@ def write_csv(path: Path, evaluation: Evaluation) -> None:
 
 
 def provenance(result: Mapping[str, Any]) -> str:
-    """One paragraph in Markdown: the command, the model and the versions behind the figures."""
+    """Write one paragraph in Markdown: the command, the model and the versions behind the figures."""
     model, versions = result["model"], result["versions"]
     seconds = sum(result["seconds"].values())
     return (
@@ -199,7 +199,7 @@ def provenance(result: Mapping[str, Any]) -> str:
 
 
 def check_document(path: Path) -> tuple[str, str]:
-    """What stands before and after the figures of a Markdown document.
+    """Find what stands before and after the figures of a Markdown document.
 
     Raises:
         ArgumentError: the document cannot be read or holds no pair of markers.

@@ -24,7 +24,7 @@ MARKERS = dict(zip(COLORS, "osP^Dvx", strict=True))
 
 
 def available() -> bool:
-    """Whether matplotlib is installed."""
+    """Say whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 

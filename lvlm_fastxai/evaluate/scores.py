@@ -72,7 +72,7 @@ METRICS = (
 def map_scores(
     relevancy: Floats, mask: NDArray[np.bool_], box: tuple[float, float, float, float], objects: NDArray[np.bool_]
 ) -> dict[str, float]:
-    """Every score of one (h, w) map against one (H, W) evidence mask.
+    """Compute every score of one (h, w) map against one (H, W) evidence mask.
 
     Args:
         relevancy: the map.
@@ -135,7 +135,7 @@ class ScoreTable:
         groups: Mapping[str, Sequence[bool]],
         rows: Mapping[str, Sequence[Mapping[str, float]]],
     ) -> ScoreTable:
-        """From one dictionary of scores per map and method."""
+        """Collect one dictionary of scores per map and method."""
         names = sorted({name for maps in rows.values() for row in maps for name in row})
         return cls(
             np.asarray(scene, dtype=np.int64),
@@ -149,7 +149,7 @@ class ScoreTable:
     def summary(
         self, select: NDArray[np.bool_], *, reference: str = "chefer", resamples: int, seed: int
     ) -> dict[str, Any]:
-        """Means with 95 % intervals, per group, method and metric, over the maps of ``select``.
+        """Average with 95 % intervals, per group, method and metric, over the maps of ``select``.
 
         Args:
             select: (n,) bool.
@@ -201,6 +201,6 @@ class ScoreTable:
 
 
 def _as_dict(interval: Interval) -> dict[str, float | None]:
-    """JSON has no NaN."""
+    """Write an interval for JSON, which has no NaN."""
     value, low, high = (None if math.isnan(number) else number for number in interval)
     return {"mean": value, "low": low, "high": high}

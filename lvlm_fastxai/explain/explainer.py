@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from .. import ops
-from ..errors import ArgumentError, UnsupportedModelError
+from ..errors import ArgumentError
 from ..methods import registry
 from ..methods.registry import MethodName
 from ..models.fingerprint import model_name
@@ -21,14 +18,11 @@ from ..prompting.answering import Answerer, check_pair
 from ..prompting.inputs import Inputs
 from ..prompting.messages import DEFAULT_TEMPLATE, Message, Prompt, ask, has_chat_template
 from ..sweep.forward import MEMORY_MODES
-from ..sweep.pruning import tolerances
-from ..sweep.recording import Recorder, saves_a_forward
 from .cost import Estimate, estimate_cost
 from .explanation import Explanation
 from .heads import Head, predicted_rows
-from .peak_memory import peak_memory
 from .reading import Reading
-from .recorded_rows import explain_from_recording
+from .recorded_rows import MeasuredRows, explain_from_recording, make_recorder, measure
 from .relevancy_rows import RelevancyRows, check_row_tolerance, explain_rows
 from .said import Said, generate_and_choose
 from .token_choice import check_tokens
@@ -159,42 +153,8 @@ class Explainer:
             reading = Reading.of(self._answerer, prompt.question, prompt.pictures, inputs, notes)
             said = self._answer(prompt, inputs, max_new_tokens, report)
             rows = self._explain(inputs, said, report)
-        notes += said.remarks(self.model, max_new_tokens)
-        if not self._traits.sweeps:
-            notes.append("The FastRM head maps the image alone: prompt and earlier tokens have no values.")
-        if rows.found.fallback is not None:
-            notes.append(f"Every layer was swept whole, row_tolerance had no effect. {rows.found.fallback}.")
-        companion = self._traits.companion
-        return Explanation(
-            question=prompt.question,
-            answer=self._answerer.decode(said.answer.token_ids),
-            tokens=reading.tokens(
-                rows.found,
-                said.explained(),
-                weighted=self._traits.weighs_tokens,
-                entropies=None if said.chosen_steps is None else [step.entropy() for step in said.chosen_steps],
-            ),
-            prompt_tokens=reading.prompt_tokens,
-            images=reading.images,
-            method=self.method,
-            memory=self.memory,
-            row_tolerance=self.row_tolerance,
-            backend=backend,
-            seconds={"generate": said.seconds, "explain": rows.seconds},
-            peak_bytes=rows.peak_bytes,
-            model_name=model_name(self.model),
-            model_class=type(self.model).__name__,
-            device=str(self.model.device),
-            dtype=str(self.model.dtype).removeprefix("torch."),
-            sequence_length=said.length,
-            prompt_length=said.prompt_length,
-            versions=versions(),
-            notes=notes,
-            options=self._traits.options_in_force(self.options),
-            chosen_tokens=self.tokens,
-            untouched=said.untouched(),
-            comparison=None if companion is None else reading.comparison(rows.found, companion),
-        )
+        notes += said.remarks(self.model, max_new_tokens, rows.found, predicted=not self._traits.sweeps)
+        return self._assemble(prompt, reading, said, rows, backend, notes)
 
     def answer(self, image: Any, question: str | Sequence[Message], *, max_new_tokens: int = 64) -> str:
         """Give the greedy answer alone; arguments and errors as in calling the explainer."""
@@ -205,11 +165,8 @@ class Explainer:
     def estimate(self, image: Any, question: str | Sequence[Message], *, max_new_tokens: int = 64) -> Estimate:
         """Say what an explanation will cost at most, before the model is run.
 
-        An analytic count, not a measurement: operations and weight bytes of the vision tower, of reading the prompt, of
-        `max_new_tokens` steps of generation, of one teacher-forced pass, and of one activation-only backward with its
-        relevancy product per answer token; each at the rate that a probe of this machine reached (matrix product, bytes
-        read, time of one small call; under 0.3 s, once per device and dtype). Bytes are the activations of the memory
-        mode beyond the weights. It assumes that the answer takes all of `max_new_tokens`; a shorter answer costs less.
+        An analytic count at rates that a probe of this machine reached (under 0.3 s, once per device and dtype); see
+        `explain.cost`. It assumes that the answer takes all of `max_new_tokens`. Bytes are those beyond the weights.
         Time is good to a factor of about three on a machine that does nothing else.
 
         Args:
@@ -240,6 +197,41 @@ class Explainer:
             row_tolerance=self.row_tolerance,
         )
 
+    def _assemble(
+        self, prompt: Prompt, reading: Reading, said: Said, rows: MeasuredRows, backend: str, notes: list[str]
+    ) -> Explanation:
+        companion = self._traits.companion
+        return Explanation(
+            question=prompt.question,
+            answer=self._answerer.decode(said.answer.token_ids),
+            tokens=reading.tokens(
+                rows.found,
+                said.explained(),
+                weighted=self._traits.weighs_tokens,
+                entropies=said.entropies,
+            ),
+            prompt_tokens=reading.prompt_tokens,
+            images=reading.images,
+            method=self.method,
+            memory=self.memory,
+            row_tolerance=self.row_tolerance,
+            backend=backend,
+            seconds={"generate": said.seconds, "explain": rows.seconds},
+            peak_bytes=rows.peak_bytes,
+            model_name=model_name(self.model),
+            model_class=type(self.model).__name__,
+            device=str(self.model.device),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            sequence_length=said.length,
+            prompt_length=said.prompt_length,
+            versions=versions(),
+            notes=notes,
+            options=self._traits.options_in_force(self.options),
+            chosen_tokens=self.tokens,
+            untouched=said.untouched(),
+            comparison=None if companion is None else reading.comparison(rows.found, companion),
+        )
+
     def _ask(self, image: Any, question: str | Sequence[Message], max_new_tokens: int) -> tuple[Prompt, Inputs]:
         prompt = ask(image, question)
         if max_new_tokens < 1:
@@ -250,7 +242,7 @@ class Explainer:
         """Name the implementation that will run; BackendUnavailableError if the one asked for cannot."""
         if not self._traits.operators:
             return "torch (no kernel is needed)"
-        return ops.chosen_backend(self._traits.operators[0], self.model.device, self.model.dtype)
+        return str(ops.chosen_backend(self._traits.operators[0], self.model.device, self.model.dtype))
 
     def _answer(self, prompt: Prompt, inputs: Inputs, max_new_tokens: int, report: Progress) -> Said:
         """Generate the answer and choose its tokens."""
@@ -265,40 +257,22 @@ class Explainer:
             inputs,
             max_new_tokens,
             self.tokens,
-            recorder=self._recorder(inputs),
+            recorder=make_recorder(self.model, self._traits, self.memory, self.row_tolerance, inputs),
             live=live,
             progress=partial(report, "generate"),
         )
 
-    def _recorder(self, inputs: Mapping[str, Any]) -> Recorder | None:
-        """Make what will keep the pass of `generate` for the sweep; None where that saves nothing."""
-        if not self._traits.sweeps:
-            return None
-        tolerance = self._traits.tolerance(self.row_tolerance)
-        tried = tolerances(tolerance, self.model.dtype, inputs["input_ids"].shape[1])
-        if not saves_a_forward(self._traits.needs_gradient, self.memory, tried):
-            return None
-        try:
-            return Recorder(self.model)
-        except UnsupportedModelError:
-            return None
-
-    def _explain(self, inputs: Inputs, said: Said, report: Progress) -> _Rows:
+    def _explain(self, inputs: Inputs, said: Said, report: Progress) -> MeasuredRows:
         """Compute the rows of the chosen tokens, swept or predicted."""
         joined = self._answerer.join(inputs, [said.answer.token_ids])
+        if self._traits.sweeps:
+            compute = partial(self._sweep, joined, said, partial(report, "explain"))
+        else:
+            compute = partial(predicted_rows, said.chosen_steps or [], said.length)
         report("explain", 0, 1)
-        started = time.perf_counter()
-        with peak_memory(joined["input_ids"].device) as peak:
-            if self._traits.sweeps:
-                found = self._sweep(joined, said, partial(report, "explain"))
-            else:
-                found = predicted_rows(said.chosen_steps or [], said.length)
-        seconds = time.perf_counter() - started
+        rows = measure(compute, joined["input_ids"].device, said.recording)
         report("explain", 1, 1)
-        if not bool(torch.isfinite(found.logits).all() and torch.isfinite(found.rows).all()):
-            raise ArgumentError("model: logits or relevancy are NaN or infinite; check the weights and the dtype")
-        kept = 0 if said.recording is None else said.recording.nbytes
-        return _Rows(found, seconds, None if peak.bytes is None else peak.bytes + kept)
+        return rows
 
     def _sweep(self, joined: Inputs, said: Said, progress: Callable[[int, int], None]) -> RelevancyRows:
         explain = partial(
@@ -322,12 +296,3 @@ class Explainer:
             chosen_by=said.answer.logits,
             all_columns=self._traits.sums_all_columns(self.options),
         )
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows, and what they took."""
-
-    found: RelevancyRows
-    seconds: float
-    peak_bytes: int | None

@@ -2,21 +2,74 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArgumentError, UnsupportedModelError
+from ..methods.registry import MethodTraits
 from ..models.decoder import unwrap
 from ..sweep.forward import Recording
-from ..sweep.recording import logits_agree
+from ..sweep.pruning import tolerances
+from ..sweep.recording import Recorder, logits_agree, saves_a_forward
 from ..sweep.sharding import find_ranks
+from .peak_memory import peak_memory
 from .relevancy_rows import RelevancyRows
+
+
+@dataclass(frozen=True)
+class MeasuredRows:
+    """Rows, and the seconds and bytes that they took; the bytes None where they cannot be read."""
+
+    found: RelevancyRows
+    seconds: float
+    peak_bytes: int | None
+
 
 Targets = list[tuple[int, int, int]]
 Explain = Callable[..., RelevancyRows]
+
+
+def make_recorder(
+    model: Any, traits: MethodTraits, memory: str, row_tolerance: float | str, inputs: Mapping[str, Any]
+) -> Recorder | None:
+    """Make what keeps the pass of ``generate()`` for the sweep; None where that saves nothing.
+
+    Args:
+        model: that generates.
+        traits: of the method.
+        memory, row_tolerance: of the sweep.
+        inputs: of the prompt.
+    """
+    if not traits.sweeps:
+        return None
+    tried = tolerances(traits.tolerance(row_tolerance), model.dtype, inputs["input_ids"].shape[1])
+    if not saves_a_forward(traits.needs_gradient, memory, tried):
+        return None
+    try:
+        return Recorder(model)
+    except UnsupportedModelError:
+        return None
+
+
+def measure(compute: Callable[[], RelevancyRows], device: torch.device, recording: Recording | None) -> MeasuredRows:
+    """Compute rows, and measure what they take; the recording that they start from counts.
+
+    Raises:
+        ArgumentError: logits or rows are not finite.
+    """
+    started = time.perf_counter()
+    with peak_memory(device) as peak:
+        found = compute()
+    seconds = time.perf_counter() - started
+    if not bool(torch.isfinite(found.logits).all() and torch.isfinite(found.rows).all()):
+        raise ArgumentError("model: logits or relevancy are NaN or infinite; check the weights and the dtype")
+    kept = 0 if recording is None else recording.nbytes
+    return MeasuredRows(found, seconds, None if peak.bytes is None else peak.bytes + kept)
 
 
 def explain_from_recording(

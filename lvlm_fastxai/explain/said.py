@@ -15,6 +15,7 @@ from ..sweep.forward import Recording
 from ..sweep.recording import Recorder
 from .explanation import UntouchedToken
 from .reading import Explained
+from .relevancy_rows import RelevancyRows
 from .token_choice import choose_tokens
 
 
@@ -55,6 +56,11 @@ class Said:
         """Of the head, for each chosen token; None without a head."""
         return None if self.steps is None else [self.steps[place] for place in self.chosen]
 
+    @property
+    def entropies(self) -> list[float] | None:
+        """Of the chosen tokens' predicted maps; None without a head."""
+        return None if self.steps is None else [self.steps[place].entropy() for place in self.chosen]
+
     def explained(self) -> Explained:
         """The chosen tokens."""
         return Explained(
@@ -72,14 +78,18 @@ class Said:
             if place not in self.chosen
         ]
 
-    def remarks(self, model: Any, max_new_tokens: int) -> list[str]:
-        """Say what readers of the explanation should know of the answer."""
+    def remarks(self, model: Any, max_new_tokens: int, found: RelevancyRows, *, predicted: bool) -> list[str]:
+        """Say what readers of the explanation should know of the answer and its rows."""
         notes = []
         if not self.answer.ended and len(self.answer.token_ids) >= max_new_tokens:
             notes.append(f"The answer was cut at {max_new_tokens} tokens (max_new_tokens).")
         limit = longest(model)
         if limit is not None and self.length > limit:
             notes.append(f"Prompt and answer have {self.length} positions, and the model was made for {limit}.")
+        if predicted:
+            notes.append("The FastRM head maps the image alone: prompt and earlier tokens have no values.")
+        if found.fallback is not None:
+            notes.append(f"Every layer was swept whole, row_tolerance had no effect. {found.fallback}.")
         return notes
 
 

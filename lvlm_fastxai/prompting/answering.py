@@ -109,7 +109,7 @@ class Answerer:
         max_new_tokens: int,
         *,
         keep_logits: bool = False,
-        recorder: AbstractContextManager | None = None,
+        recorder: AbstractContextManager[Any] | None = None,
         streamer: Any = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Answer]:

@@ -56,7 +56,7 @@ def generate(
     *,
     ends: frozenset[int],
     keep_logits: bool = False,
-    recorder: contextlib.AbstractContextManager | None = None,
+    recorder: contextlib.AbstractContextManager[Any] | None = None,
     streamer: Any = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:

@@ -42,12 +42,15 @@ def join(config: Any, inputs: Mapping[str, Any], answers: Sequence[Sequence[int]
 
 
 def decode(tokenizer: Any, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-    """The text of some tokens, spaces as the tokenizer gives them."""
-    return tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    """Give the text of some tokens, spaces as the tokenizer gives them."""
+    text: str = tokenizer.decode(
+        list(tokens), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
+    return text
 
 
 def pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
-    """Each token's own text, which depends on its neighbours; joined, they are the text of all."""
+    """Split an answer into each token's own text, which depends on its neighbours; joined, they are the text of all."""
     found, before = [], ""
     for end in range(1, len(tokens) + 1):
         after = decode(tokenizer, tokens[:end], skip_special_tokens=False)
@@ -60,7 +63,7 @@ def pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
 
 
 def find_question(pieces: Sequence[str], question: str) -> set[int]:
-    """Indices of the pieces that spell the question; white space and case aside, since tokenizers change both.
+    """Find the pieces that spell the question; white space and case aside, since tokenizers change both.
 
     Example:
         >>> sorted(find_question(["<user>", " what", " is", " it", "?", "<assistant>"], "What is it?"))
