@@ -1,4 +1,4 @@
-"""Flash attention's backward that also gives the relevancy product, from the P and dP it has anyway."""
+"""Flash attention's backward, which also gives the relevancy product: it has P and dP anyway."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def attention_backward_relevancy(
     key_ranges: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of attention, and row @ mean_h max(0, dP_h ∘ P_h), without ever storing an S×S tensor.
+    """Compute the gradients of attention, and row @ mean_h max(0, dP_h ∘ P_h), without ever storing an S×S tensor.
 
-    One pass over the score tiles in the place of two: the backward of Dao, "FlashAttention-2" (2023), algorithm 2,
-    whose P and dP are all that `relevancy_product` needs (Chefer, Gur and Wolf, ICCV 2021, eq. 5).
+    This takes one pass over the score tiles instead of two. The backward of Dao, "FlashAttention-2" (2023), algorithm
+    2, has P and dP anyway, and `relevancy_product` needs nothing else (Chefer, Gur and Wolf, ICCV 2021, eq. 5).
 
     Args:
         query: (B, H, Sq, d) after rotary embedding; float32, bfloat16, float16 or float64.

@@ -1,8 +1,8 @@
 """Rows times a layer's GLIMPSE matrix E, on `relevancy_product`.
 
 A head's weight is positive, so w_h·max(0, P∘dP) = max(0, (w_h·P)∘dP), and w_h·P is P with another logsumexp:
-exp(s − logsumexp + log w_h). And Σ_i row_i·E_ij is a product with row_i over the sum of row i. So the kernels of
-`relevancy_product` are those of this operator too: nothing is stored, rounded or launched besides.
+exp(s − logsumexp + log w_h). And Σ_i row_i·E_ij is a product with row_i over the sum of row i. So this operator
+has no kernels of its own: it calls `relevancy_product`, and stores and rounds nothing more.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def glimpse_product(
     key_ranges: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> Tensor:
-    """row @ E with E = rownorm(Σ_h w_h max(0, dP_h ∘ P_h)), without ever storing an S×S tensor.
+    """Compute row @ E with E = rownorm(Σ_h w_h max(0, dP_h ∘ P_h)), without ever storing an S×S tensor.
 
     The layer relevance of GLIMPSE (arXiv 2506.18985); rows of the sum that are zero stay zero. The K rows of a target
     share the score tiles and the gradient's.

@@ -40,7 +40,7 @@ def glimpse_statistics(
     key_ranges: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What GLIMPSE (arXiv 2506.18985) has to know of a layer before its rows can be weighted.
+    """Compute the sums that GLIMPSE (arXiv 2506.18985) needs of a layer before it can weight its rows.
 
     With P_ij = exp(scale·q_i·k_j − logsumexp_i) over the keys that row i sees, and dP_ij = dO_i·v_j:
 

@@ -34,7 +34,7 @@ def proxy_relevancy(
     lengths: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A FastRM head (arXiv 2412.01487) with its key projection folded into the query, over all columns of an image.
+    """Apply a FastRM head (arXiv 2412.01487) to all columns of an image; its key projection is folded into the query.
 
     With the norm's weight g and bias c, and the projected query u = W_kᵀ q / √d_p, the single-head score of a state is
     a dot product with ``query`` = g ∘ u, plus ``offset`` = c · u + b:
@@ -44,7 +44,7 @@ def proxy_relevancy(
         entropy   = −Σ_j p_j log p_j / log S                     p = m / Σ m: 0 on one column, 1 on all alike
         bernoulli = −mean_j (m_j log m_j + (1 − m_j) log(1 − m_j)) / log 2
 
-    The states are read once; all else is S numbers a row. Nothing is stored beside the results.
+    The states are read once. Everything else is S numbers for each row, and nothing but the results is stored.
 
     Args:
         hidden: (B, S, D) hidden states of the image's columns; float32, bfloat16, float16 or float64.

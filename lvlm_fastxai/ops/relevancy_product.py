@@ -32,7 +32,7 @@ def relevancy_product(
     key_ranges: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> Tensor:
-    """row @ mean_h max(0, dP_h ∘ P_h) without ever storing an S×S tensor.
+    """Compute row @ mean_h max(0, dP_h ∘ P_h) without ever storing an S×S tensor.
 
     One layer of the self-attention rule of Chefer, Gur and Wolf, "Generic Attention-model Explainability"
     (ICCV 2021), eq. 5, for a single row of R, with P_ij = exp(scale·q_i·k_j − logsumexp_i) and dP_ij = dO_i·v_j.

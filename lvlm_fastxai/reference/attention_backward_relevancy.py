@@ -20,9 +20,9 @@ def attention_backward_relevancy(
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Flash attention's backward (Dao, "FlashAttention-2", 2023, algorithm 2) and, from its P and dP, the product of
-    `relevancy_product`.
+    """Compute flash attention's backward and, from its P and dP, the product of `relevancy_product`.
 
+    The backward is algorithm 2 of Dao, "FlashAttention-2" (2023).
     With P_ij = exp(scale·q_i·k_j − logsumexp_i), dP_ij = dO_i·v_j, D_i = dO_i·O_i and dS = P ∘ (dP − D):
     dQ = scale·dS·K, dK = scale·dSᵀ·Q and dV = Pᵀ·dO, the last two summed over the query heads that share a key head.
     Row i sees keys key_start_i ≤ j < key_end_i. Rows of weight zero add nothing to the product, but have gradients.

@@ -18,8 +18,9 @@ def glimpse_product(
     key_end: Tensor,  # (B, Sq)
     scale: float,
 ) -> Tensor:
-    """row @ E with E = rownorm(Σ_h w_h max(0, P_h ∘ dP_h)), P_ij = exp(scale·q_i·k_j − logsumexp_i), dP_ij = dO_i·v_j.
+    """Compute row @ E with E = rownorm(Σ_h w_h max(0, P_h ∘ dP_h)).
 
+    P_ij is exp(scale·q_i·k_j − logsumexp_i), and dP_ij is dO_i·v_j.
     The layer relevance of GLIMPSE (arXiv 2506.18985). Row i sees keys key_start_i ≤ j < key_end_i; rows of the sum that
     are zero stay zero.
 

@@ -20,7 +20,7 @@ def glimpse_statistics(
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over a layer's P and dP that GLIMPSE (arXiv 2506.18985) weights heads and layers by.
+    """Compute the sums over a layer's P and dP by which GLIMPSE (arXiv 2506.18985) weights heads and layers.
 
     With P_ij = exp(scale·q_i·k_j − logsumexp_i) for key_start_i ≤ j < key_end_i, and dP_ij = dO_i·v_j for
     sum_start_i ≤ j < sum_end_i, a range that contains the first; both are zero elsewhere, even where their inputs are

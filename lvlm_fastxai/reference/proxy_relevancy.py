@@ -20,7 +20,7 @@ def proxy_relevancy(
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Relevancy of image columns by a FastRM head (arXiv 2412.01487), and how sure the head is of it.
+    """Compute the relevancy of image columns by a FastRM head (arXiv 2412.01487), and how sure the head is.
 
     Column j < lengths_b, with μ_j and σ_j² = mean((x_j − μ_j)²) + eps over the D states (RMSNorm: μ = 0):
 
@@ -29,8 +29,8 @@ def proxy_relevancy(
         entropy   = −Σ_j p_j log p_j / log lengths_b             p = m / Σ m
         bernoulli = −mean_j (m_j log m_j + (1 − m_j) log(1 − m_j)) / log 2
 
-    Entropies are taken from log m, so that a map of values that underflow has one too. That of one column, and both of
-    none, are 0. Columns from lengths_b on are 0 and count for nothing, even where they hold NaN.
+    Entropies are taken from log m, so that a map whose values underflow has one too. The entropy of a single column is
+    0, as are both of no columns. Columns from lengths_b on are 0 and count for nothing, even where they hold NaN.
 
     Args:
         compute_dtype: dtype of the products; default the state dtype, that of `query`.
@@ -63,5 +63,5 @@ def proxy_relevancy(
 
 
 def _times(probability: Tensor, logarithm: Tensor) -> Tensor:
-    """p · log p, 0 where p is; NaN stays NaN, so that a state that is NaN never looks certain."""
+    """Return p · log p, and 0 where p is 0. NaN stays NaN, so that a state that is NaN never looks certain."""
     return torch.where(probability == 0, 0, probability * logarithm)

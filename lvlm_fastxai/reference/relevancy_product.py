@@ -19,11 +19,12 @@ def relevancy_product(
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Σ_i row_i · (1/H) Σ_h max(0, P_ij ∘ dP_ij) with P_ij = exp(scale·q_i·k_j − logsumexp_i) and dP_ij = dO_i·v_j.
+    """Compute Σ_i row_i · (1/H) Σ_h max(0, P_ij ∘ dP_ij).
 
-    The self-attention rule of Chefer, Gur and Wolf, "Generic Attention-model Explainability" (ICCV 2021), eq. 5,
-    applied to one row of R. Row i sees keys key_start_i ≤ j < key_end_i. Hidden entries and rows of weight zero
-    contribute nothing, even where their inputs are NaN.
+    P_ij is exp(scale·q_i·k_j − logsumexp_i), and dP_ij is dO_i·v_j. This is the self-attention rule of Chefer, Gur and
+    Wolf, "Generic Attention-model Explainability" (ICCV 2021), eq. 5, applied to one row of R. Row i sees keys
+    key_start_i ≤ j < key_end_i. Hidden entries and rows of weight zero contribute nothing, even where their inputs are
+    NaN.
 
     Args:
         compute_dtype: dtype of the matrices; default float64 for float64 inputs, float32 otherwise. Passing the
