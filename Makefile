@@ -102,7 +102,7 @@ evaluate: | $(DEV) $(PACKAGE)  ## measure the maps against known evidence, and r
 	$(BIN)/lvlm-fastxai evaluate --document docs/evaluation.md
 
 benchmark: | $(DEV) $(PACKAGE)  ## time the operators and whole explanations
-	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only
+	$(BIN)/python -m pytest benchmarks/ops/bench_*.py --benchmark-only
 	$(BIN)/python -m benchmarks op
 	$(BIN)/python -m benchmarks end-to-end
 

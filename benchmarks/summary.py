@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import machine
+from .common import machine
+from .common.plots import LINE, OURS, THEIRS, figure_of, save
+from .common.tables import provenance
 
-RESULTS = machine.ROOT / "benchmarks" / "results"
 README = machine.ROOT / "README.md"
-PLOT = machine.ROOT / "docs" / "images" / "benchmarks.png"
+PLOT = machine.IMAGES / "benchmarks.png"
 BEGIN, END = "<!-- figures:begin (python -m benchmarks summary) -->", "<!-- figures:end -->"
 NAMES = {
     "forward": "forward alone",
@@ -25,12 +26,12 @@ NAMES = {
 
 
 def load(name: str) -> dict[str, Any]:
-    """One results file of the suite ``name``."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    """Read one results file of the suite ``name``."""
+    return json.loads((machine.RESULTS / f"{name}.json").read_text())
 
 
 def shape(case: dict[str, Any]) -> str:
-    """A decoder in words."""
+    """Describe a decoder in words."""
     targets = "one target" if case["targets"] == 1 else f"{case['targets']} targets"
     return (
         f"{case['layers']} layers, width {case['width']}, {case['heads']} heads / {case['key_heads']} key-value heads, "
@@ -39,7 +40,7 @@ def shape(case: dict[str, Any]) -> str:
 
 
 def end_to_end_table(results: dict[str, Any]) -> str:
-    """Markdown, one block of rows per case; ratios are to forward + activation-only backward in the same run."""
+    """Lay out one block of rows per case; ratios are to forward + activation-only backward in the same run."""
     lines = ["| | time | × forward + backward | extra peak memory | × theirs |", "|---|---:|---:|---:|---:|"]
     for result in results["results"].values():
         lines.append(f"| *{shape(result['case'])}* | | | | |")
@@ -55,7 +56,7 @@ def end_to_end_table(results: dict[str, Any]) -> str:
 
 
 def operator_table(results: dict[str, Any]) -> str:
-    """Markdown, one row per shape of the operator."""
+    """Lay out one row per shape of the operator."""
     lines = [
         "| `relevancy_product` on the CPU | × faster than the dense twin | share of `torch.mm`'s fp32 rate "
         "| extra memory, share of the twin's |",
@@ -70,46 +71,35 @@ def operator_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def provenance(head: dict[str, Any]) -> str:
-    """Where the figures come from, in one line."""
-    where = head["gpu"] or f"{head['processor']}, {head['threads']} threads"
-    return (
-        f"{where}, torch {head['torch']}, transformers {head['transformers']}, {head['date']}, commit {head['commit']}"
-    )
-
-
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Time and extra memory of every variant, relative to forward + activation-only backward."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Plot time and extra memory of every variant, relative to forward + activation-only backward."""
     cases = list(results["results"].values())
-    figure, axes = pyplot.subplots(2, len(cases), figsize=(4.4 * len(cases), 5.2), squeeze=False)
+    figure = figure_of(4.4 * len(cases), 5.2, layout=None)
+    axes = figure.subplots(2, len(cases), squeeze=False)
     for column, result in enumerate(cases):
-        variants = result["variants"]
-        labels = ["forward + backward" if v == "forward_backward" else v.replace("_", " ") for v in variants]
-        colors = ["#b5541c" if variant in ("fast", "lean", "min") else "#8a8f98" for variant in variants]
-        for row, (key, title) in enumerate((("time_ratio", "time"), ("memory_ratio", "extra peak memory"))):
-            axis = axes[row][column]
-            values = [figures.get(key) for figures in variants.values()]
-            numbers = [value if isinstance(value, float | int) else 0 for value in values]
-            bars = axis.barh(labels, numbers, color=colors)
-            texts = [f" {value:.2f}" if isinstance(value, float | int) else " out of memory" for value in values]
-            axis.bar_label(bars, texts, fontsize=8)
-            axis.axvline(1, color="#40444b", linewidth=0.8)
-            axis.set_xlim(0, 1.25 * max([*numbers, 1]))
-            axis.invert_yaxis()
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.set_title(
-                f"{title}, × forward + backward" + ("" if row else f"\nS = {result['case']['columns']}"), fontsize=9
-            )
-            axis.tick_params(labelsize=8)
+        length = f"\nS = {result['case']['columns']}"
+        draw(axes[0][column], result["variants"], "time_ratio", f"time, × forward + backward{length}")
+        draw(axes[1][column], result["variants"], "memory_ratio", "extra peak memory, × forward + backward")
     figure.text(0.01, 0.005, provenance(results["machine"]), fontsize=7, color="#60646c")
     figure.tight_layout(rect=(0, 0.02, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
+
+
+def draw(axis: Any, variants: dict[str, Any], key: str, title: str) -> None:
+    """Draw one ratio of every variant."""
+    labels = ["forward + backward" if v == "forward_backward" else v.replace("_", " ") for v in variants]
+    colors = [OURS if variant in ("fast", "lean", "min") else THEIRS for variant in variants]
+    values = [figures.get(key) for figures in variants.values()]
+    numbers = [value if isinstance(value, float | int) else 0 for value in values]
+    bars = axis.barh(labels, numbers, color=colors)
+    texts = [f" {value:.2f}" if isinstance(value, float | int) else " out of memory" for value in values]
+    axis.bar_label(bars, texts, fontsize=8)
+    axis.axvline(1, color=LINE, linewidth=0.8)
+    axis.set_xlim(0, 1.25 * max([*numbers, 1]))
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(title, fontsize=9)
+    axis.tick_params(labelsize=8)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

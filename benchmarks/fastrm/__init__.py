@@ -1,0 +1,1 @@
+"""FastRM: ``python -m benchmarks fastrm``. A head that is compared is one entry of `heads.ABLATIONS`."""
