@@ -37,7 +37,7 @@ ROOMS = (
     "lvlm_fastxai/ops/{}.py",
     "lvlm_fastxai/reference/{}.py",
     "tests/test_{}.py",
-    "benchmarks/bench_{}.py",
+    "benchmarks/ops/bench_{}.py",
 )
 
 
