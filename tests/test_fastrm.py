@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable
 from importlib.metadata import version
@@ -35,6 +36,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from lvlm_fastxai import Explainer, cli, families
 from lvlm_fastxai.errors import ArgumentError, ModelMismatchError
 from lvlm_fastxai.fastrm import FastRM, FastRMConfig, LiveMaps, LiveStep, stream
+from lvlm_fastxai.fastrm import live as live_module
 from lvlm_fastxai.fastrm.head import min_max
 from lvlm_fastxai.methods import GlimpseOptions
 from lvlm_fastxai.models.checkpoint import load_checkpoint
@@ -580,6 +582,58 @@ def test_an_error_leaves_no_hook_and_a_second_run_begins_anew() -> None:
         model.generate(**prompt, **SETTINGS, streamer=live)
     assert hooks(model) == before and [step.index for step in live.steps] == list(range(TOKENS))
     compare(head, model, prompt, live.steps, 0)
+
+
+def test_an_interrupt_at_any_line_leaves_no_hook() -> None:
+    """Raised at each line in turn that runs while the hooks come and go."""
+    model, prompt, head = warm("llava")
+    before = hooks(model)
+    live = LiveMaps(head, model, prompt)
+    watched = {"__enter__", "_detach"}
+    interrupted = 0
+
+    def run(place: int) -> None:
+        left = place
+
+        def trace(frame: Any, event: str, value: Any) -> Any:
+            nonlocal left
+            if frame.f_code.co_filename != live_module.__file__ or frame.f_code.co_name not in watched:
+                return None
+            if event == "line":
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            with live:
+                pass
+        finally:
+            sys.settrace(None)
+
+    for place in range(1, 60):
+        try:
+            run(place)
+        except KeyboardInterrupt:
+            interrupted += 1
+        assert hooks(model) == before, place
+    assert 10 < interrupted < 59  # every line has had its turn
+
+
+def test_a_stream_whose_reader_fails_leaves_no_thread() -> None:
+    model, prompt, head = warm("llava")
+    before, threads = hooks(model), set(threading.enumerate())
+
+    def read() -> None:
+        for _ in stream(head, model, prompt, **{**SETTINGS, "max_new_tokens": 300}):
+            raise RuntimeError("nobody reads on")
+
+    with pytest.raises(RuntimeError, match="nobody reads on") as caught:
+        read()
+    caught.value.__traceback__ = None
+    del caught
+    assert set(threading.enumerate()) == threads and hooks(model) == before
 
 
 def test_live_maps_are_refused_where_there_are_none() -> None:

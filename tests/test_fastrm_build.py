@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -33,6 +34,7 @@ from lvlm_fastxai.fastrm.shards import (
     encode_shard,
     open_maps,
     shard_name,
+    write_index,
 )
 from lvlm_fastxai.models.fingerprint import PIECE, fingerprint, model_name
 from lvlm_fastxai.prompting.answering import Answerer
@@ -173,8 +175,9 @@ def test_jsonl(tmp_path: Path) -> None:
         {"image": "pictures/a.png", "question": "what?", "answer": "this", "kind": "k", "id": 7, "decision": "right"},
         "",
         {"image": "gone.png", "question": "wo — ?", "answer": None},
-        {"image": "data.jsonl", "question": "why?"},
+        {"image": "notes.txt", "question": "why?"},
     )
+    (tmp_path / "notes.txt").write_text("no picture")
     source = open_source(str(path))
     assert source.spec == "data.jsonl"
     assert [sample.id for sample in source] == ["7", "line-3", "line-4"]
@@ -193,9 +196,37 @@ def test_jsonl(tmp_path: Path) -> None:
     assert open_source(str(path)).digest != digest
 
 
+def test_a_source_with_another_picture_is_another_source(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "data.jsonl", {"image": "a.png", "question": "what?"})
+    seen = {open_source(str(path)).digest}  # the picture is not there yet
+    for color in ("red", "blue"):
+        Image.new("RGB", (5, 4), color).save(tmp_path / "a.png")
+        seen.add(open_source(str(path)).digest)
+    assert len(seen) == 3
+    os.utime(tmp_path / "a.png")
+    assert open_source(str(path)).digest in seen
+
+
+def test_a_saved_data_set_with_other_bytes_is_another_source(tmp_path: Path) -> None:
+    """Whatever `datasets` calls it: its own fingerprint is kept beside the data."""
+    datasets = pytest.importorskip("datasets")
+    picture = Image.new("RGB", (5, 4), "red")
+    features = datasets.Features({"image": datasets.Image(), "question": datasets.Value("string")})
+    data = datasets.Dataset.from_dict({"image": [picture], "question": ["what?"]}, features=features)
+    data.save_to_disk(str(tmp_path / "set"))
+    first = open_source(str(tmp_path / "set")).digest
+    assert open_source(str(tmp_path / "set")).digest == first
+    (file,) = (tmp_path / "set").glob("*.arrow")
+    file.write_bytes(file.read_bytes().replace(b"what?", b"whom?"))
+    assert open_source(str(tmp_path / "set")).digest != first
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
+        ("[" * 200_000, "nested too deeply"),
+        ('{"image": "a.png", "question": "\\ud800?"}', "a lone surrogate, in its 'question'"),
+        ('{"image": "a\\ud800.png", "question": "?"}', "a lone surrogate, in its 'image'"),
         ('{"image": "a.png"', "is not JSON"),
         ("[1]", "not an object with the keys image and question, but list"),
         ({"question": "q"}, "has null as its 'image'"),
@@ -209,7 +240,20 @@ def test_a_malformed_line_is_named(line: Any, reason: str, tmp_path: Path) -> No
     path = write_lines(tmp_path / "data.jsonl", {"image": "a.png", "question": "q"}, line)
     with pytest.raises(ArgumentError, match="line 2: ") as caught:
         open_source(str(path))
-    assert reason in str(caught.value)
+    assert reason in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_a_name_that_is_not_utf8_is_printable(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.jsonl")
+    try:
+        write_lines(Path(path), {"image": "a\udcff.png", "question": "q"})
+    except OSError:
+        pytest.skip("the file system takes UTF-8 names only")
+    source = open_source(path)
+    assert source.spec == "a\\xff.jsonl" and source.digest
+    with pytest.raises(ArgumentError, match="line 1: image: there is no file") as caught:
+        source[0].picture()
+    assert str(caught.value).isprintable()
 
 
 def test_files_without_samples(tmp_path: Path) -> None:
@@ -515,6 +559,51 @@ def test_bad_arguments(options: dict[str, Any], reason: str, lvlm: tuple[Any, An
     with pytest.raises(ArgumentError, match=reason):
         build_maps(*lvlm, open_source(SPEC), tmp_path / "maps", **options)
     assert not (tmp_path / "maps").exists()
+
+
+def test_two_runs_do_not_write_one_folder(lvlm: tuple[Any, Any], whole: Path, copy: Path, tmp_path: Path) -> None:
+    """Of other settings or of the same: the second is told of the first, and nothing is mixed or touched."""
+    (copy / shard_name(3)).unlink()
+    (copy / INDEX).unlink()
+    refused: list[str] = []
+
+    def second(done: int, total: int) -> None:
+        for options in ({"method": "lvlm_interpret"}, {}):
+            with pytest.raises(ArgumentError, match=r"--out: .* is in use by process") as caught:
+                build_maps(*lvlm, open_source(SPEC), copy, **{**SIZES, **options})
+            refused.append(str(caught.value))
+
+    build_maps(*lvlm, open_source(SPEC), copy, **SIZES, progress=second)
+    assert refused and not any("\n" in message for message in refused)
+    assert contents(copy) == contents(whole)
+    assert build_maps(*lvlm, open_source(SPEC), copy, **SIZES).found == 24  # the lock ends with its run
+
+
+def test_a_shard_of_other_maps_is_found_when_a_set_is_finished_and_opened(
+    lvlm: tuple[Any, Any], copy: Path, tmp_path: Path
+) -> None:
+    build_maps(*lvlm, open_source(SPEC), tmp_path / "other", **SIZES, method="lvlm_interpret")
+    settings = open_maps(copy).settings
+    shutil.copy(tmp_path / "other" / shard_name(7), copy)
+    with pytest.raises(DamagedShardError, match=r"maps-00007.*another method") as caught:
+        write_index(copy, settings)
+    assert "\n" not in str(caught.value)
+    index = json.loads((copy / INDEX).read_text())
+    index["shards"][7]["sha256"] = hashlib.sha256((copy / shard_name(7)).read_bytes()).hexdigest()
+    (copy / INDEX).write_text(json.dumps(index))  # as a run without a lock would have listed it
+    with pytest.raises(DamagedShardError, match=r"maps-00007.*another method"):
+        open_maps(copy)
+
+
+def test_a_full_disk_is_told_in_one_line(lvlm: tuple[Any, Any], copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copy / shard_name(3)).unlink()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ArgumentError, match=r"--out: cannot write .*disk full"):
+        build_maps(*lvlm, open_source(SPEC), copy, **SIZES)
 
 
 # The command, on one process and on two

@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,18 +18,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..console import Bars, add_model_arguments, number_or, say
-from ..errors import ArgumentError, one_line
-from ..files import remove_scratch, write_whole
+from ..errors import ArgumentError, printable
+from ..files import lock_folder, remove_scratch, write_whole
+from ..methods.registry import names
 from ..prompting.sources import Sample, Source, open_source
-from ..training.processes import join_processes
+from ..training.processes import agree, join_processes, own_device
 from .shards import (
+    IDENTITY,
     INDEX,
     PATTERN,
     SCHEMA,
     DamagedShardError,
     MapRecord,
     encode_shard,
+    first_difference,
     read_shard,
+    shard_count,
     shard_name,
     write_index,
 )
@@ -36,24 +41,9 @@ from .shards import (
 if TYPE_CHECKING:
     from ..prompting.answering import Answerer
 
-METHODS = ("chefer", "lvlm_interpret")
+METHODS = names(lambda traits: traits.stored_by_build_maps)
 ANSWERS = ("model", "reference")
 BATCH, SHARD_SIZE, MAX_NEW_TOKENS = 32, 32, 32  # a shard is a batch: what a crash loses
-# Settings in which the shards of one set must agree, and what to call them. Names are not among them: a checkpoint or
-# a source may be moved.
-IDENTITY = {
-    "schema": "format",
-    "version": "version of lvlm_fastxai",
-    "model_fingerprint": "model",
-    "dtype": "dtype",
-    "source_digest": "source",
-    "samples": "number of samples",
-    "method": "method",
-    "row_tolerance": "row tolerance",
-    "answers": "kind of answers",
-    "max_new_tokens": "longest answer",
-    "shard_size": "shard size",
-}
 
 Progress = Callable[[int, int], None]
 
@@ -106,7 +96,7 @@ def build_maps(
         processor: its processor, with a chat template.
         source: what to ask.
         folder: where the files go; made where it is not there.
-        method: "chefer" or "lvlm_interpret".
+        method: one of `METHODS`, those whose maps a head may learn.
         row_tolerance: 0 for exact maps, ε > 0 or "auto" for pruned ones; see `lvlm_fastxai.relevancy_rows`.
         answers: "model" explains the model's own greedy answers, right or wrong, which are what a head sees when it is
             used; "reference" explains the source's, where it has one, as if the model had given it.
@@ -149,85 +139,101 @@ def build_maps(
         "max_new_tokens": max_new_tokens,
         "shard_size": shard_size,
     }
-    folder = Path(folder)
-    count = -(-len(source) // shard_size)
     state = join_processes(model.device.type)
-    missing, damaged = _agree(state, lambda: _prepare(folder, settings, count))
-
-    def size(number: int) -> int:
-        return min(shard_size, len(source) - number * shard_size)
-
-    found = len(source) - sum(map(size, missing))
-    if state.is_main_process:
-        for line in damaged:
-            say(f"damaged, computed again: {line}")
-        if found:
-            say(f"{found} of {len(source)} samples are there already")
-
-    def report(within: int) -> None:
-        if progress is not None and state.is_main_process:
-            elsewhere = sum(size(number) for number in missing if (folder / shard_name(number)).exists())
-            progress(found + elsewhere + within, len(source))
-
-    report(0)
-    for number in missing[state.process_index :: state.num_processes]:
-        start = number * shard_size
-        samples = source[start : start + size(number)]
-        records = _explain_shard(answerer, samples, start, settings, batch, report)
-        write_whole(folder / shard_name(number), encode_shard(settings, start, records))
-        report(0)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        write_index(folder, settings, count)
-        report(0)
-    return Built(str(folder), len(source), count, found, damaged, time.perf_counter() - began)
+    with ExitStack() as held:
+        # Only the first process decides, and so only it holds the lock, for all of them.
+        missing, damaged = agree(state, lambda: _claim(held, Path(folder), settings))
+        speaks = state.is_main_process
+        work = _Work(answerer, source, Path(folder), settings, batch, missing, progress if speaks else None)
+        if speaks:
+            for line in damaged:
+                say(f"damaged, computed again: {line}")
+            if work.found:
+                say(f"{work.found} of {len(source)} samples are there already")
+        work.run(missing[state.process_index :: state.num_processes])
+        state.wait_for_everyone()
+        if speaks:
+            write_index(work.folder, settings)
+            work.report()
+    shards = shard_count(settings)
+    return Built(str(folder), len(source), shards, work.found, damaged, time.perf_counter() - began)
 
 
-def _agree(state: Any, decide: Callable[[], Any]) -> Any:
-    """What the first process decides, on all of them; an error of its own is theirs too."""
-    from accelerate.utils import broadcast_object_list
+class _Work:
+    """The shards that one call of `build_maps` computes, and the count of what all processes have done."""
 
-    told: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            told[0] = decide()
-        except (ArgumentError, OSError) as error:
-            told[1] = error if isinstance(error, ArgumentError) else ArgumentError(f"--out: {one_line(error)}")
-    broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+    def __init__(
+        self,
+        answerer: Answerer,
+        source: Source,
+        folder: Path,
+        settings: dict[str, Any],
+        batch: int,
+        missing: Sequence[int],
+        progress: Progress | None,
+    ) -> None:
+        self.folder = folder
+        self._answerer, self._source, self._settings, self._batch = answerer, source, settings, batch
+        self._missing, self._progress = missing, progress
+        self.found = len(source) - sum(map(self._size, missing))
+
+    def run(self, numbers: Sequence[int]) -> None:
+        """Compute and write these shards."""
+        self.report()
+        for number in numbers:
+            start = number * self._settings["shard_size"]
+            samples = self._source[start : start + self._size(number)]
+            records = _explain_shard(self._answerer, samples, start, self._settings, self._batch, self.report)
+            data = encode_shard(self._settings, start, records)
+            write_whole(self.folder / shard_name(number), data, argument="--out")
+            self.report()
+
+    def report(self, within: int = 0) -> None:
+        """Tell how many samples are done, ``within`` of them in a shard that is not written yet."""
+        if self._progress is not None:
+            done = sum(self._size(number) for number in self._missing if (self.folder / shard_name(number)).exists())
+            self._progress(self.found + done + within, len(self._source))
+
+    def _size(self, number: int) -> int:
+        size: int = self._settings["shard_size"]
+        return min(size, len(self._source) - number * size)
 
 
-def _prepare(folder: Path, settings: dict[str, Any], count: int) -> tuple[list[int], list[str]]:
-    """The numbers of the shards that are to be computed, and the names of those that were there but damaged.
+def _claim(held: ExitStack, folder: Path, settings: dict[str, Any]) -> tuple[list[int], list[str]]:
+    """Keep other runs out of the folder for as long as ``held`` lasts, and find out what is to be done."""
+    held.enter_context(lock_folder(folder, argument="--out"))
+    return _prepare(folder, settings)
+
+
+def _prepare(folder: Path, settings: dict[str, Any]) -> tuple[list[int], list[str]]:
+    """Find the numbers of the shards that are to be computed, and remove those that are there but damaged.
 
     Raises:
         ArgumentError: the folder holds maps of another kind.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {shard_name(number): number for number in range(count)}
+    numbers = {shard_name(number): number for number in range(shard_count(settings))}
     damaged = []
     for path in sorted(folder.glob(PATTERN)):
         try:
             shard = read_shard(path)
         except DamagedShardError as error:
-            if path.name in names:
+            if path.name in numbers:
                 damaged.append(path.name)
                 continue
             raise ArgumentError(f"--out: {error}, and belongs to no maps of this source; remove it") from error
-        for name, what in IDENTITY.items():
-            if shard.settings.get(name) != settings[name]:
-                raise ArgumentError(
-                    f"--out: '{folder}' holds maps with another {what}: {_shown(shard.settings, name)} in {path.name}, "
-                    f"{_shown(settings, name)} now; give another folder, or remove this one to begin anew"
-                )
-        if names.get(path.name) != shard.start // settings["shard_size"]:
+        name = first_difference(shard.settings, settings)
+        if name is not None:
+            what = IDENTITY[name]
+            raise ArgumentError(
+                f"--out: '{printable(folder)}' holds maps with another {what}: {_shown(shard.settings, name)} in "
+                f"{path.name}, {_shown(settings, name)} now; give another folder, or remove this one to begin anew"
+            )
+        if numbers.get(path.name) != shard.start // settings["shard_size"]:
             damaged.append(path.name)  # renamed or copied over another
     for name in damaged:
         (folder / name).unlink()
     remove_scratch(folder)
-    missing = [number for name, number in names.items() if not (folder / name).exists()]
+    missing = [number for name, number in numbers.items() if not (folder / name).exists()]
     if missing:
         (folder / INDEX).unlink(missing_ok=True)  # it would promise files that are not there
     return missing, damaged
@@ -313,8 +319,8 @@ def _explain_batch(
 
 def _encode(answerer: Answerer, samples: Sequence[Sample]) -> tuple[dict[str, Any], list[Any]]:
     images = [sample.picture() for sample in samples]
-    names = [f"source: sample {sample.id}" for sample in samples]
-    return answerer.encode(images, [sample.question for sample in samples], names), images
+    called = [f"source: sample {sample.id}" for sample in samples]
+    return answerer.encode(images, [sample.question for sample in samples], called), images
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -377,13 +383,7 @@ def run_build(args: argparse.Namespace) -> int:
 
     source = open_source(args.source)
     state = join_processes(args.device.partition(":")[0])
-    device = args.device
-    if state.num_processes > 1 and device != "cpu":
-        if ":" in device:
-            raise ArgumentError(
-                f"--device: expected '{device.partition(':')[0]}' for several processes, got '{device}'"
-            )
-        device = str(state.device)
+    device = own_device(args.device, state)
     model, processor, _ = load_checkpoint(args.model, device, args.dtype)
     with Bars(unit="sample", shown=state.is_main_process, anywhere=True) as bars:
         built = build_maps(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,14 @@ from ..console import Bars, add_model_arguments, say
 from ..errors import ArgumentError
 from ..files import write_whole
 from ..prompting.sources import Source, open_source
-from ..training.processes import join_processes
+from ..training.metrics import MetricsLog
+from ..training.processes import agree, join_processes, own_device
 from .build import add_build_arguments, build_maps, run_build
 from .shards import INDEX, PATTERN, MapSet, open_maps
 
 if TYPE_CHECKING:
     from .states import Items
+    from .train import Trained
 
 __all__ = ["add_arguments", "run"]
 
@@ -163,10 +164,9 @@ def _run_train(args: argparse.Namespace) -> int:
     given = {field.name: getattr(args, field.name, None) for field in fields(TrainSettings)}
     settings = TrainSettings(**{name: value for name, value in given.items() if value is not None})
     state = join_processes(args.device.partition(":")[0])
-    # By one process: it tries the folder with a file that another would find gone.
-    folder = prepare_directory(args.out) if state.is_main_process else args.out
+    folder = agree(state, lambda: prepare_directory(args.out))
     sources = [open_source(spec) for spec in args.source]
-    model, processor, _ = load_checkpoint(args.model, _device(args.device, state), args.dtype)
+    model, processor, _ = load_checkpoint(args.model, own_device(args.device, state), args.dtype)
     own = fingerprint(model)
     with Bars(shown=state.is_main_process, leave=False) as bars:
         folders = [_maps_of(spec, folder, sources, model, processor, bars) for spec in args.maps]
@@ -185,29 +185,32 @@ def _run_train(args: argparse.Namespace) -> int:
             trained_on=tuple(maps.source_spec for maps in items.maps),
             version=__version__,
         )
-        log = _Log(args.log or folder / "log", state.is_main_process)
-        trained = train_head(
-            Answerer(model, processor), items, validation, config, settings, progress=bars, log=log.write
-        )
-    log.close()
+        answerer = Answerer(model, processor)
+        with MetricsLog(args.log or folder / "log", shown=state.is_main_process, extra="fastrm") as log:
+            trained = train_head(answerer, items, validation, config, settings, progress=bars, log=log.write)
     if state.is_main_process:
         write_training(folder, trained, settings, items.maps)
-        parameters = sum(parameter.numel() for parameter in trained.head.parameters())
+        _print_trained(folder, trained, args.json)
+    return 0
+
+
+def _print_trained(folder: Path, trained: Trained, as_json: bool) -> None:
+    parameters = sum(parameter.numel() for parameter in trained.head.parameters())
+    threshold = trained.head.config.decision_threshold
+    if as_json:
         result = {
             "head": str(folder),
             "parameters": parameters,
             "validation_f1": trained.f1,
-            "decision_threshold": trained.head.config.decision_threshold,
+            "decision_threshold": threshold,
             "epochs": len(trained.history),
         }
-        if args.json:
-            print(json.dumps(result))
-        else:
-            print(
-                f"head of {parameters} parameters in {folder}: validation F1 {trained.f1:.3f} at threshold "
-                f"{trained.head.config.decision_threshold:.3f}, best of {len(trained.history)} epochs"
-            )
-    return 0
+        print(json.dumps(result))
+        return
+    print(
+        f"head of {parameters} parameters in {folder}: validation F1 {trained.f1:.3f} at threshold {threshold:.3f}, "
+        f"best of {len(trained.history)} epochs"
+    )
 
 
 def _run_evaluate(args: argparse.Namespace) -> int:
@@ -290,34 +293,3 @@ def _items(folders: Sequence[Path], sources: Sequence[Source], fingerprint: str)
                 f"model has {fingerprint}; give --model the one that they were built with"
             )
     return Items(maps, sources)
-
-
-def _device(device: str, state: Any) -> str:
-    return str(state.device) if state.num_processes > 1 and device != "cpu" else device
-
-
-class _Log:
-    """TensorBoard, where it is installed, and a line per epoch on stderr, from the first process."""
-
-    def __init__(self, folder: Path, is_main: bool) -> None:
-        self._writer: Any = None
-        if not is_main:
-            return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            say("no TensorBoard logs: pip install 'lvlm_fastxai[fastrm]'")
-            return
-        self._writer = SummaryWriter(str(folder))
-
-    def write(self, epoch: int, figures: dict[str, float]) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(f"epoch {epoch}: " + ", ".join(f"{n} {v:.4f}" for n, v in figures.items()), file=sys.stderr)
-        for name, value in figures.items():
-            if self._writer is not None:
-                self._writer.add_scalar(name, value, epoch)
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()

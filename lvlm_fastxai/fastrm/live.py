@@ -6,7 +6,6 @@ import copy
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,7 +164,7 @@ class LiveMaps:
         self._layouts: dict[int, list[ImageLayout]] = {}
         self._columns = _image_columns(model, tokens)
         self._ends = end_tokens(model)
-        self._hooks = ExitStack()
+        self._hooks = ((self._layer, self._see_layer), (self.model, self._see_logits))
         self._reset()
 
     def _reset(self) -> None:
@@ -184,15 +183,30 @@ class LiveMaps:
 
     def __enter__(self) -> LiveMaps:
         self._reset()
-        with ExitStack() as stack:
-            stack.callback(self._layer.register_forward_hook(self._see_layer).remove)
-            stack.callback(self.model.register_forward_hook(self._see_logits).remove)
-            self._hooks = stack.pop_all()
-        return self
+        try:
+            for module, hook in self._hooks:
+                module.register_forward_hook(hook)
+            return self
+        except BaseException:
+            self._detach()
+            raise
 
     def __exit__(self, *exception: object) -> None:
-        self._hooks.close()
-        self._states = self._state = self._logits = None
+        try:
+            self._detach()
+        finally:
+            self._detach()  # once more where an interrupt came in between; nothing is left to do otherwise
+            self._states = self._state = self._logits = None
+
+    def _detach(self) -> None:
+        """Take the hooks away, however many there are.
+
+        They are found by what they call: an interrupt may come after a hook was registered and before its handle is
+        stored anywhere.
+        """
+        for module, hook in self._hooks:
+            for key in [key for key, found in module._forward_hooks.items() if found == hook]:
+                module._forward_hooks.pop(key, None)
 
     def columns(self, sample: int = 0) -> Tensor:
         """The image's columns of one prompt, ascending int64."""
@@ -300,6 +314,9 @@ def stream(
 ) -> Iterator[LiveStep]:
     """Generate in a thread of its own, and give each step when it is there.
 
+    The thread ends with the reader: when the steps are exhausted, closed or no longer referred to, or when an error
+    passes.
+
     Args:
         head, model, inputs, image_sizes, image_processor: as for `LiveMaps`.
         generate: further arguments of ``model.generate``, such as max_new_tokens and do_sample.
@@ -334,15 +351,16 @@ def stream(
             steps.put(error)
 
     thread = threading.Thread(target=run, daemon=True)
-    thread.start()
     try:
+        thread.start()
         while (step := steps.get()) is not None:
             if isinstance(step, BaseException):
                 raise step
             yield step
     finally:
-        stopped.set()
-        thread.join()
+        stopped.set()  # first: from here on the thread ends with its next token, also where the wait is interrupted
+        if thread.ident is not None:
+            thread.join()
 
 
 class _Stopped(Exception):

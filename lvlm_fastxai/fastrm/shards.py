@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ArgumentError, FastXAIError, one_line
+from ..errors import ArgumentError, FastXAIError, one_line, printable
 from ..files import write_whole
 
 SCHEMA = "lvlm_fastxai.maps/1"
@@ -29,6 +29,21 @@ PATTERN = "maps-[0-9]*.safetensors"
 SCALED_EXPONENT = 15  # a row's largest entry lies in 2¹⁴ … 2¹⁵ when stored
 # safetensors writes the entries of its metadata in no fixed order: there is one only.
 _ENTRY = "lvlm_fastxai"
+# Settings in which the shards of one set must agree, and what to call them. Names are not among them: a checkpoint or
+# a source may be moved.
+IDENTITY = {
+    "schema": "format",
+    "version": "version of lvlm_fastxai",
+    "model_fingerprint": "model",
+    "dtype": "dtype",
+    "source_digest": "source",
+    "samples": "number of samples",
+    "method": "method",
+    "row_tolerance": "row tolerance",
+    "answers": "kind of answers",
+    "max_new_tokens": "longest answer",
+    "shard_size": "shard size",
+}
 
 
 class DamagedShardError(FastXAIError, OSError):
@@ -71,6 +86,21 @@ class Shard:
 def shard_name(number: int) -> str:
     """File name of the shard with this number."""
     return f"maps-{number:05d}.safetensors"
+
+
+def shard_count(settings: Mapping[str, Any]) -> int:
+    """Count the shards of a finished set.
+
+    Example:
+        >>> shard_count({"samples": 9, "shard_size": 4})
+        3
+    """
+    return -(-int(settings["samples"]) // int(settings["shard_size"]))
+
+
+def first_difference(settings: Mapping[str, Any], others: Mapping[str, Any]) -> str | None:
+    """Name the first setting of `IDENTITY` in which two sets of maps differ; None where they are of one set."""
+    return next((name for name in IDENTITY if settings.get(name) != others.get(name)), None)
 
 
 def encode_shard(settings: Mapping[str, Any], start: int, records: Sequence[MapRecord]) -> bytes:
@@ -117,8 +147,7 @@ def decode_shard(data: bytes) -> Shard:
     from safetensors.numpy import load
 
     try:
-        size = int.from_bytes(data[:8], "little")
-        header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_ENTRY])
+        header = _header(data[8 : 8 + int.from_bytes(data[:8], "little")])
         arrays = load(data)
         digest = header.pop("sha256")
     except Exception as error:  # whatever damage makes of the bytes
@@ -147,6 +176,32 @@ def decode_shard(data: bytes) -> Shard:
     return Shard(header["settings"], header["start"], header["stop"], records)
 
 
+def _header(data: bytes) -> dict[str, Any]:
+    header: dict[str, Any] = json.loads(json.loads(data)["__metadata__"][_ENTRY])
+    return header
+
+
+def _check_header(path: Path, settings: Mapping[str, Any], start: int) -> None:
+    """Refuse a file of other maps, by its header alone; nothing else of it is read.
+
+    Raises:
+        DamagedShardError: it is of other maps or other samples, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            header = _header(file.read(int.from_bytes(file.read(8), "little")))
+        different = first_difference(header["settings"], settings)
+        what = None if different is None else f"another {IDENTITY[different]}"
+        if what is None and header["start"] != start:
+            what = "other samples"
+    except Exception as error:  # whatever damage makes of the bytes
+        raise DamagedShardError(f"'{printable(path)}' cannot be read: {one_line(error)}; {_again()}") from error
+    if what is not None:
+        raise DamagedShardError(
+            f"'{printable(path)}' is of other maps than those around it: it has {what}; remove it, and {_again()}"
+        )
+
+
 def read_shard(path: Path) -> Shard:
     """The shard in a file.
 
@@ -156,13 +211,13 @@ def read_shard(path: Path) -> Shard:
     try:
         return decode_shard(path.read_bytes())
     except DamagedShardError as error:
-        raise DamagedShardError(f"'{path}' {error}") from error
+        raise DamagedShardError(f"'{printable(path)}' {error}") from error
 
 
 class MapSet(Sequence[MapRecord]):
     """A finished set of maps.
 
-    Every shard is read when first needed and compared with the index then.
+    Every file's header is compared with the index at once, all of its bytes when they are first needed.
 
     Args:
         folder: as `lvlm-fastxai fastrm build-maps` has written it.
@@ -176,6 +231,7 @@ class MapSet(Sequence[MapRecord]):
 
     Raises:
         ArgumentError: there are no maps, or not all of them; the message says how to finish.
+        DamagedShardError: a file is of other maps than the index lists.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -188,8 +244,10 @@ class MapSet(Sequence[MapRecord]):
             self.settings: dict[str, Any] = index["settings"]
             self._shards: list[dict[str, Any]] = index["shards"]
             schema = self.settings["schema"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArgumentError(f"maps: '{path}' is no index of maps: {one_line(error)}; {_again()}") from error
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ArgumentError(
+                f"maps: '{printable(path)}' is no index of maps: {one_line(error)}; {_again()}"
+            ) from error
         if schema != SCHEMA:
             raise ArgumentError(f"maps: '{self.folder}' holds {schema}, and this version reads {SCHEMA}; {_again()}")
         missing = [shard["file"] for shard in self._shards if not (self.folder / shard["file"]).is_file()]
@@ -198,6 +256,8 @@ class MapSet(Sequence[MapRecord]):
                 f"maps: {len(missing)} of the {len(self._shards)} files in '{self.folder}' are gone, such as "
                 f"{missing[0]}; {_again()}"
             )
+        for shard in self._shards:
+            _check_header(self.folder / shard["file"], self.settings, shard["start"])
         self.model: str = self.settings["model"]
         self.model_fingerprint: str = self.settings["model_fingerprint"]
         self.method: str = self.settings["method"]
@@ -245,12 +305,17 @@ def open_maps(folder: str | Path) -> MapSet:
     return MapSet(folder)
 
 
-def write_index(folder: Path, settings: Mapping[str, Any], count: int) -> None:
-    """List the ``count`` shards of a finished set with the SHA-256 of each file, as ``sha256sum`` gives it."""
+def write_index(folder: Path, settings: Mapping[str, Any]) -> None:
+    """List the shards of a finished set with the SHA-256 of each file, as ``sha256sum`` gives it.
+
+    Raises:
+        DamagedShardError: a file is of other maps.
+    """
     entries = []
-    for number in range(count):
+    for number in range(shard_count(settings)):
         name = shard_name(number)
         start = number * settings["shard_size"]
+        _check_header(folder / name, settings, start)
         entries.append(
             {
                 "file": name,
@@ -260,7 +325,7 @@ def write_index(folder: Path, settings: Mapping[str, Any], count: int) -> None:
             }
         )
     text = json.dumps({"settings": dict(settings), "shards": entries}, sort_keys=True, indent=1, ensure_ascii=False)
-    write_whole(folder / INDEX, (text + "\n").encode())
+    write_whole(folder / INDEX, (text + "\n").encode(), argument="--out")
 
 
 def _exponent(row: NDArray[np.floating]) -> int:
@@ -290,7 +355,7 @@ def _unfinished(folder: Path) -> str:
     for path in paths:
         try:
             settings = read_shard(path).settings
-            total = -(-settings["samples"] // settings["shard_size"])
+            total = shard_count(settings)
             command = f"lvlm-fastxai fastrm build-maps '{settings['source']}' --out '{folder}'"
         except (DamagedShardError, KeyError):
             continue

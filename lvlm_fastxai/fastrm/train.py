@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import ArgumentError
-from ..files import write_whole
+from ..files import writing_folder
 from ..prompting.answering import Answerer
 from ..training.processes import join_processes
+from ..training.schedule import warm_up_then_cosine
 from .head import FastRM, FastRMConfig, initial_bias, min_max
 from .states import Item, Items, States, read_states
 
@@ -203,81 +203,111 @@ def train_head(
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=answerer.model.device.type == "cpu")
-    report = progress or (lambda stage, done, total: None)
-    config = replace(
-        config,
-        **{
-            name: getattr(settings, name)
-            for name in ("layer", "dim", "query_width", "norm", "activation", "binarisation")
-        },
-    )
+    own = ("layer", "dim", "query_width", "norm", "activation", "binarisation")
+    config = replace(config, **{name: getattr(settings, name) for name in own})
     if validation is None:
         cut = len(items) - max(1, round(len(items) * settings.validation_share))
         items, validation = items[:cut], items[cut:]
     if not len(items) or not len(validation):
         raise ArgumentError("maps: too few samples to train on and to validate with")
-    rank, world = state.process_index, state.num_processes
-    if caches is None:
-        # Each process owns every world-th sample; with one more round all have as many.
-        share = [items[index % len(items)] for index in range(rank, -(-len(items) // world) * world, world)]
-        budget = settings.cache_gib * 2**30
-        learn = StateCache(answerer, share, [config.layer], budget * 0.9)
-        check = StateCache(answerer, validation[rank::world], [config.layer], budget * 0.1)
-    else:
-        learn, check = caches
+    learn, check = caches or _share(answerer, items, validation, config, settings, state)
 
     torch.manual_seed(settings.seed)
     positive = _positive_share(items, config.binarisation)
     if not 0 < positive < 1:
         raise ArgumentError("maps: every column is relevant, or none is; there is nothing to learn")
-    weight = ((1 - positive) / positive) ** settings.class_weight
     head = FastRM(config).to(accelerator.device)
     if config.activation == "sigmoid":
         nn.init.constant_(head.bias, initial_bias(positive))
     head.mean_map = _mean_map(items).to(accelerator.device)
-    optimizer = torch.optim.AdamW(head.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
-    steps = -(-len(learn) // settings.batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps * settings.epochs))
-    trainer, optimizer = accelerator.prepare(head, optimizer)
-    rng = np.random.default_rng([settings.seed, 17, rank])
+    weight = ((1 - positive) / positive) ** settings.class_weight
+    report = progress or (lambda stage, done, total: None)
+    return _Fit(head, learn, check, settings, accelerator, weight, report).run(log)
 
-    best: tuple[float, float, dict[str, Tensor]] | None = None
-    history: list[dict[str, float]] = []
-    since = 0
-    for epoch in range(settings.epochs):
-        head.train()
-        total = torch.zeros((), device=accelerator.device)
-        for number, indices in enumerate(_batches(rng.permutation(len(learn)), settings.batch)):
-            batch = collate(learn.take(indices), config.layer, config.binarisation, accelerator.device)
-            loss = loss_of(trainer, batch, config, weight)
-            optimizer.zero_grad()
-            accelerator.backward(loss)
-            optimizer.step()
-            schedule.step()
+
+def _share(
+    answerer: Answerer,
+    items: Sequence[Item],
+    validation: Sequence[Item],
+    config: FastRMConfig,
+    settings: TrainSettings,
+    state: Any,
+) -> tuple[StateCache, StateCache]:
+    """This process's share of both sets."""
+    rank, world = state.process_index, state.num_processes
+    # Each process owns every world-th sample; with one more round all have as many.
+    own = [items[index % len(items)] for index in range(rank, -(-len(items) // world) * world, world)]
+    budget = settings.cache_gib * 2**30
+    learn = StateCache(answerer, own, [config.layer], budget * 0.9)
+    return learn, StateCache(answerer, validation[rank::world], [config.layer], budget * 0.1)
+
+
+class _Fit:
+    """The epochs of one head's training, until their number or until nothing gets better."""
+
+    def __init__(
+        self,
+        head: FastRM,
+        learn: StateCache,
+        check: StateCache,
+        settings: TrainSettings,
+        accelerator: Any,
+        positive_weight: float,
+        report: Progress,
+    ) -> None:
+        self._head, self._learn, self._check, self._settings = head, learn, check, settings
+        self._accelerator, self._weight, self._report = accelerator, positive_weight, report
+        self._steps = -(-len(learn) // settings.batch)
+        optimizer = torch.optim.AdamW(head.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+        total = self._steps * settings.epochs
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_then_cosine(step, total))
+        self._trainer, self._optimizer = accelerator.prepare(head, optimizer)
+        self._rng = np.random.default_rng([settings.seed, 17, accelerator.process_index])
+
+    def run(self, log: Callable[[int, dict[str, float]], None] | None) -> Trained:
+        """Train, and give the head of the epoch with the best validation F1."""
+        best: tuple[float, float, dict[str, Tensor]] | None = None
+        history: list[dict[str, float]] = []
+        since = 0
+        for epoch in range(1, self._settings.epochs + 1):
+            loss = self._epoch(f"epoch {epoch} of {self._settings.epochs}")
+            f1, threshold = self._validate()
+            figures = {"loss": loss, "f1": f1, "threshold": threshold}
+            history.append({"epoch": epoch, **figures})
+            if self._accelerator.is_main_process and log is not None:
+                log(epoch, figures)
+            if best is None or f1 > best[0]:
+                best, since = (f1, threshold, copy.deepcopy(self._head.state_dict())), 0
+            else:
+                since += 1
+                if since >= self._settings.patience:
+                    break
+        assert best is not None
+        self._head.load_state_dict(best[2])
+        self._head.config = replace(self._head.config, decision_threshold=best[1])
+        return Trained(self._head.cpu().eval(), best[0], history)
+
+    def _epoch(self, stage: str) -> float:
+        """Pass once over the answers; the mean loss of all processes."""
+        config, device = self._head.config, self._accelerator.device
+        self._head.train()
+        total = torch.zeros((), device=device)
+        for number, indices in enumerate(_batches(self._rng.permutation(len(self._learn)), self._settings.batch), 1):
+            batch = collate(self._learn.take(indices), config.layer, config.binarisation, device)
+            loss = loss_of(self._trainer, batch, config, self._weight)
+            self._optimizer.zero_grad()
+            self._accelerator.backward(loss)
+            self._optimizer.step()
+            self._schedule.step()
             total += loss.detach()
-            report(f"epoch {epoch + 1} of {settings.epochs}", number + 1, steps)
-        head.eval()
-        counts = _count(head, check, config, settings.batch, accelerator.device)
-        f1, threshold = _best_threshold(accelerator.reduce(counts, reduction="sum").cpu())
-        figures = {"loss": float(accelerator.reduce(total, reduction="mean")) / steps, "f1": f1, "threshold": threshold}
-        history.append({"epoch": epoch + 1, **figures})
-        if accelerator.is_main_process and log is not None:
-            log(epoch + 1, figures)
-        if best is None or f1 > best[0]:
-            best, since = (f1, threshold, copy.deepcopy(head.state_dict())), 0
-        else:
-            since += 1
-            if since >= settings.patience:
-                break
-    assert best is not None
-    head.load_state_dict(best[2])
-    head.config = replace(config, decision_threshold=best[1])
-    return Trained(head.cpu().eval(), best[0], history)
+            self._report(stage, number, self._steps)
+        return float(self._accelerator.reduce(total, reduction="mean")) / self._steps
 
-
-def _rate(step: int, total: int) -> float:
-    warm = max(1, total // 10)
-    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+    def _validate(self) -> tuple[float, float]:
+        """The best F1 on the validation answers of all processes, and its threshold."""
+        self._head.eval()
+        counts = _count(self._head, self._check, self._head.config, self._settings.batch, self._accelerator.device)
+        return _best_threshold(self._accelerator.reduce(counts, reduction="sum").cpu())
 
 
 def _batches(order: np.ndarray, size: int) -> Iterator[list[int]]:
@@ -326,12 +356,20 @@ def _best_threshold(counts: Tensor) -> tuple[float, float]:
 
 
 def write_training(folder: Path, trained: Trained, settings: TrainSettings, maps: Sequence[Any]) -> None:
-    """The head, and ``training.json`` with the settings, the maps and every epoch's figures."""
-    trained.head.save_pretrained(folder)
+    """Write the head, and ``training.json`` with the settings, the maps and every epoch's figures.
+
+    A head that is in the folder stays as it is until all files of the new one are complete.
+
+    Raises:
+        ArgumentError: the folder cannot be written.
+    """
     record = {
         "settings": asdict(settings),
         "maps": [found.settings for found in maps],
         "validation_f1": trained.f1,
         "history": trained.history,
     }
-    write_whole(folder / "training.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    with writing_folder(folder, argument="--out") as scratch:
+        trained.head.write_files(scratch)
+        (scratch / "training.json").write_text(text, encoding="utf-8")

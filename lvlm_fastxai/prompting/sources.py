@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, overload
 from urllib.parse import parse_qsl
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import ArgumentError, one_line
+from ..errors import ArgumentError, one_line, printable
 from ..tiny import scenes
 from .pictures import load_picture
 
@@ -61,7 +61,7 @@ class Source(Sequence[Sample], ABC):
 
     Attributes:
         spec: what was opened, without the folders that lead to it.
-        digest: SHA-256 of what it holds, hexadecimal.
+        digest: SHA-256 of what it holds, the pictures' files included, hexadecimal.
     """
 
     spec: str
@@ -116,7 +116,7 @@ def open_source(spec: str) -> Source:
     if path.is_file():
         return JsonlSource(path)
     raise ArgumentError(
-        f"source: there is no '{spec}'; give a .jsonl file, a folder written by datasets' save_to_disk, or "
+        f"source: there is no '{printable(spec)}'; give a .jsonl file, a folder written by datasets' save_to_disk, or "
         "scenes:train?count=1000"
     )
 
@@ -128,8 +128,8 @@ class JsonlSource(Source):
         try:
             text = path.read_bytes().decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise ArgumentError(f"source: cannot read '{path}': {one_line(error)}") from error
-        self.spec = path.name
+            raise ArgumentError(f"source: cannot read '{printable(path)}': {one_line(error)}") from error
+        self.spec = printable(path.name)
         self._path = path
         self._lines: list[tuple[int, dict[str, str]]] = []
         numbers: dict[str, int] = {}
@@ -143,10 +143,18 @@ class JsonlSource(Source):
             numbers[name] = number
             self._lines.append((number, values))
         if not self._lines:
-            raise ArgumentError(f"source: '{path}' holds no sample")
+            raise ArgumentError(f"source: '{printable(path)}' holds no sample")
         # Line ends and blank lines aside, which version control changes.
         lines = (line.rstrip("\r") for line in text.split("\n") if line.strip())
-        self.digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        self._lines_digest = hashlib.sha256("\n".join(lines).encode())
+
+    @cached_property
+    def digest(self) -> str:  # type: ignore[override]
+        """SHA-256 of the lines and of the pictures' files, which are read when it is first asked for."""
+        digest = self._lines_digest.copy()
+        for _, values in self._lines:
+            digest.update(_file_digest(self._path.parent / values["image"]))
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -166,6 +174,8 @@ class JsonlSource(Source):
         """The keys that matter; others are left to whoever wrote them."""
         try:
             values = json.loads(line)
+        except RecursionError:
+            raise self._bad(number, "is not JSON that can be read: it is nested too deeply") from None
         except ValueError as error:
             raise self._bad(number, f"is not JSON: {one_line(error)}") from error
         if not isinstance(values, dict):
@@ -181,11 +191,16 @@ class JsonlSource(Source):
             if not isinstance(value, str) or (needed and not value.strip()):
                 expected = "some text" if needed else "text, or nothing,"
                 raise self._bad(number, f"has {json.dumps(value)} as its {key!r} where {expected} is expected")
+            try:
+                # A file's name may hold bytes that are no UTF-8, which Python writes as surrogates.
+                value.encode("utf-8", "surrogateescape" if key == "image" else "strict")
+            except UnicodeEncodeError as error:
+                raise self._bad(number, f"has half a character, a lone surrogate, in its {key!r}") from error
             found[key] = value
         return found
 
     def _bad(self, number: int, what: str) -> ArgumentError:
-        return ArgumentError(f"source: '{self._path}', line {number}: {what}")
+        return ArgumentError(f"source: '{printable(self._path)}', line {number}: {printable(what)}")
 
 
 class DatasetSource(Source):
@@ -212,9 +227,9 @@ class DatasetSource(Source):
         if missing or not len(data):
             what = f"has no column {' and '.join(missing)}" if missing else "holds no sample"
             raise ArgumentError(f"source: '{folder}' {what}; its columns are {', '.join(data.column_names)}")
-        self.spec = folder.resolve().name
-        self.digest = hashlib.sha256(data._fingerprint.encode()).hexdigest()
+        self.spec = printable(folder.resolve().name)
         self._folder = folder
+        self._data = data
         self._pictures = data.select_columns("image")
         # Reading a row decodes its picture, which whoever wants the question alone need not wait for.
         self._texts = data.select_columns(
@@ -222,6 +237,25 @@ class DatasetSource(Source):
         )
         if "id" in data.column_names and len(set(map(str, data["id"]))) < len(data):
             raise ArgumentError(f"source: '{folder}': ids in its column 'id' stand more than once")
+
+    @cached_property
+    def digest(self) -> str:  # type: ignore[override]
+        """SHA-256 of the saved files, and of the pictures that they only name; read when it is first asked for."""
+        import datasets
+
+        digest = hashlib.sha256(self._data._fingerprint.encode())
+        for file in self._data.cache_files:
+            digest.update(_file_digest(Path(file["filename"])))
+        pictures = self._pictures
+        if isinstance(pictures.features["image"], datasets.Image):
+            pictures = pictures.cast_column("image", datasets.Image(decode=False))
+        for row in pictures:
+            value = row["image"]
+            if isinstance(value, dict) and value.get("bytes") is None:
+                value = value.get("path")
+            if isinstance(value, str):
+                digest.update(_file_digest(Path(value)))
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -244,7 +278,7 @@ class DatasetSource(Source):
         return Sample(str(row.get("id", index)), question, answer, kind, None, load)
 
     def _bad(self, index: int, what: str) -> ArgumentError:
-        return ArgumentError(f"source: '{self._folder}', row {index}: {what}")
+        return ArgumentError(f"source: '{printable(self._folder)}', row {index}: {printable(what)}")
 
 
 class SceneSource(Source):
@@ -314,6 +348,25 @@ class SceneSource(Source):
         return Sample(
             f"{index}-scene-{seed}", question.text, question.answer, question.kind, question.mask, picture.copy
         )
+
+
+def _file_digest(path: Path) -> bytes:
+    """SHA-256 of a file; one that is not there or cannot be read has a digest too, which is no file's."""
+    try:
+        found = path.stat()
+        return _bytes_digest(path, found.st_size, found.st_mtime_ns)
+    except (OSError, ValueError):
+        return b"no file"
+
+
+@lru_cache(maxsize=1 << 20)
+def _bytes_digest(path: Path, size: int, changed: int) -> bytes:
+    """Of a file of this size and time; known ones are not read again by this process."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.digest()
 
 
 def _questions_of_group(start: int, kinds: Sequence[str]) -> list[tuple[Image.Image, scenes.Question, int]]:
