@@ -9,14 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import families, ops
+    from . import errors, families, fastrm, methods, ops, review, tiny
     from .explain.aggregation import Aggregate, Aggregator, aggregate
     from .explain.explainer import Explainer
     from .explain.explanation import Explanation
-    from .explain.relevancy_rows import relevancy_rows
+    from .explain.relevancy_rows import RelevancyRows, explain_rows, relevancy_rows
     from .fastrm.head import FastRM, FastRMConfig
     from .fastrm.live import LiveMaps
-    from .methods import GlimpseOptions
+    from .methods.glimpse_options import GlimpseOptions
     from .ops import use_backend
     from .tiny import load_tiny_lvlm
 
@@ -29,14 +29,16 @@ _HOMES = {
     "Explanation": ".explain.explanation",
     "FastRM": ".fastrm.head",
     "FastRMConfig": ".fastrm.head",
-    "GlimpseOptions": ".methods",
+    "GlimpseOptions": ".methods.glimpse_options",
     "LiveMaps": ".fastrm.live",
+    "RelevancyRows": ".explain.relevancy_rows",
     "aggregate": ".explain.aggregation",
+    "explain_rows": ".explain.relevancy_rows",
     "load_tiny_lvlm": ".tiny",
     "relevancy_rows": ".explain.relevancy_rows",
     "use_backend": ".ops",
 }
-_MODULES = ("families", "ops")
+_MODULES = ("errors", "families", "fastrm", "methods", "ops", "review", "tiny")
 
 __all__ = [
     "Aggregate",
@@ -47,11 +49,18 @@ __all__ = [
     "FastRMConfig",
     "GlimpseOptions",
     "LiveMaps",
+    "RelevancyRows",
     "aggregate",
+    "errors",
+    "explain_rows",
     "families",
+    "fastrm",
     "load_tiny_lvlm",
+    "methods",
     "ops",
     "relevancy_rows",
+    "review",
+    "tiny",
     "use_backend",
 ]
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ..methods import registry
 from ..methods._base import GRADIENT_BUDGET_BYTES
-from ..sweep.pruning import tolerances
-from ..sweep.recording import saves_a_forward
+from ..sweep.pruning import plan_sweep
 
 __all__ = ["Estimate", "MachineRates", "estimate_cost", "machine_rates"]
 
@@ -165,8 +164,15 @@ def estimate_cost(
     # A FastRM head reads what the generation leaves, in passes over one layer's states: nothing beside the rest.
     traits = registry.find(method)
     needs_gradient = traits.needs_gradient
-    tried = tolerances(traits.tolerance(row_tolerance), model.dtype, total)
-    records = not traits.sweeps or saves_a_forward(needs_gradient, memory, tried)
+    plan = plan_sweep(
+        row_tolerance,
+        memory,
+        model.dtype,
+        total,
+        needs_gradient=needs_gradient,
+        prunes_by_itself=traits.prunes_by_itself,
+    )
+    tried, records = plan.tolerances, plan.records or not traits.sweeps
     recomputes = memory != "fast" or tried != (0.0,)
 
     def forward(length: int, rows: int) -> _Work:

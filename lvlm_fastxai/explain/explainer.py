@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from .. import ops
+from ..choices import Memory, RowTolerance
 from ..errors import ArgumentError
 from ..methods import registry
 from ..methods.registry import MethodName
@@ -78,8 +79,8 @@ class Explainer:
         processor: Any,
         *,
         method: MethodName = "chefer",
-        memory: Literal["fast", "lean", "min"] = "fast",
-        row_tolerance: float | Literal["auto"] = 0.0,
+        memory: Memory = "fast",
+        row_tolerance: RowTolerance = 0.0,
         options: Any = None,
         tokens: str = "all",
         head: Head | None = None,

@@ -14,8 +14,8 @@ from ..errors import ArgumentError, UnsupportedModelError
 from ..methods.registry import MethodTraits
 from ..models.decoder import unwrap
 from ..sweep.forward import Recording
-from ..sweep.pruning import tolerances
-from ..sweep.recording import Recorder, logits_agree, saves_a_forward
+from ..sweep.pruning import plan_sweep
+from ..sweep.recording import Recorder, logits_agree
 from ..sweep.sharding import find_ranks
 from .peak_memory import peak_memory
 from .relevancy_rows import RelevancyRows
@@ -47,8 +47,15 @@ def make_recorder(
     """
     if not traits.sweeps:
         return None
-    tried = tolerances(traits.tolerance(row_tolerance), model.dtype, inputs["input_ids"].shape[1])
-    if not saves_a_forward(traits.needs_gradient, memory, tried):
+    plan = plan_sweep(
+        row_tolerance,
+        memory,
+        model.dtype,
+        inputs["input_ids"].shape[1],
+        needs_gradient=traits.needs_gradient,
+        prunes_by_itself=traits.prunes_by_itself,
+    )
+    if not plan.records:
         return None
     try:
         return Recorder(model)

@@ -10,18 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from .. import methods
+from ..choices import Memory, RowTolerance
 from ..errors import ArgumentError
 from ..methods import registry
+from ..methods.registry import MethodName
 from ..sweep.forward import Recording, Sweep
-from ..sweep.pruning import Certificate
+from ..sweep.pruning import Certificate, plan_sweep
 from ..sweep.targets import check_targets
 
 
 @dataclass(frozen=True)
 class RelevancyRows:
-    """rows (N, S) fp32 (fp64 for an fp64 model) · logits, probabilities (N,) of the targets · certificate: what a sweep
-    kept; None for a method without one · fallback: why a pruned sweep swept its layers whole; None if it did not ·
-    compared: (N, S) rows of `chefer` for the same targets, where they were asked for."""
+    """Rows of N targets, and what the same forward says of them.
+
+    Attributes:
+        rows: (N, S) fp32, fp64 for an fp64 model.
+        logits: (N,) the explained scalars.
+        probabilities: (N,) softmax of the targets' logits.
+        certificate: what a sweep kept of each target; None for a method that does not go down the layers.
+        fallback: why a pruned sweep swept its layers whole; None if it did not.
+        compared: (N, S) rows of the method's companion for the same targets, where they were asked for.
+    """
 
     rows: Tensor
     logits: Tensor
@@ -36,13 +45,13 @@ def relevancy_rows(
     inputs: Mapping[str, Any],
     targets: Tensor | Sequence[tuple[int, int, int]],
     *,
-    method: str = "chefer",
-    memory: str = "fast",
-    row_tolerance: float | str = 0.0,
+    method: MethodName = "chefer",
+    memory: Memory = "fast",
+    row_tolerance: RowTolerance = 0.0,
     prompt_length: int | Sequence[int] | None = None,
     options: Any = None,
 ) -> Tensor:
-    """Relevancy of every position for each of N explained logits, without an S×S tensor.
+    """Compute the relevancy of every position for each of N explained logits, without an S×S tensor.
 
     Chefer, Gur and Wolf, "Generic Attention-model Explainability" (ICCV 2021), self-attention rule on a decoder-only
     model: the row R[q*, :] of R = (I + Ā_L) … (I + Ā_1) with Ā_l = mean_h max(0, dP_l[h] ∘ P_l[h]).
@@ -74,11 +83,12 @@ def relevancy_rows(
     Example:
         >>> import lvlm_fastxai as fx
         >>> model, processor = fx.load_tiny_lvlm()
-        >>> inputs = processor(images=image, text=prompt + answer, return_tensors="pt")  # doctest: +SKIP
-        >>> row = inputs["input_ids"].shape[1] - 2                                       # doctest: +SKIP
-        >>> token = int(inputs["input_ids"][0, -1])                                      # doctest: +SKIP
-        >>> fx.relevancy_rows(model, inputs, [(0, row, token)]).shape                    # doctest: +SKIP
-        torch.Size([1, 160])
+        >>> inputs = processor(text=["what color is the circle?"], return_tensors="pt")
+        >>> columns = inputs["input_ids"].shape[1]
+        >>> token = int(inputs["input_ids"][0, -1])  # it was read at the row before
+        >>> rows = fx.relevancy_rows(model, inputs, [(0, columns - 2, token)])
+        >>> rows.shape == (1, columns) and float(rows[0, -1])
+        0.0
     """
     return explain_rows(
         model,
@@ -97,9 +107,9 @@ def explain_rows(
     inputs: Mapping[str, Any],
     targets: Tensor | Sequence[tuple[int, int, int]],
     *,
-    method: str = "chefer",
-    memory: str = "fast",
-    row_tolerance: float | str = 0.0,
+    method: MethodName = "chefer",
+    memory: Memory = "fast",
+    row_tolerance: RowTolerance = 0.0,
     prompt_length: int | Sequence[int] | None = None,
     options: Any = None,
     recording: Recording | None = None,
@@ -107,14 +117,31 @@ def explain_rows(
     progress: Callable[[int, int], None] | None = None,
     on_rows: Callable[[list[int], Tensor, Tensor], None] | None = None,
 ) -> RelevancyRows:
-    """:func:`relevancy_rows` with the targets' logits and probabilities, which the same forward gives.
+    """Compute :func:`relevancy_rows` with the targets' logits and probabilities, which the same forward gives.
 
     Args:
+        model, inputs, targets, method, memory, row_tolerance, prompt_length, options: as for `relevancy_rows`.
         recording: what ``generate()`` computed for ``inputs``, in the place of that forward.
-        compare: for method "glimpse", the rows of "chefer" too; they come of the same backward.
+        compare: whether the rows of the method's companion are wanted too ("chefer" for "glimpse"); the same backward
+            gives them.
         progress: called as ``progress(done, total)`` on the way.
         on_rows: takes the targets' numbers, their rows (n, S) and probabilities (n,) as they are done; the result then
             has no rows, so that the answer may be as long as it likes (`Aggregator`).
+
+    Returns:
+        RelevancyRows: the rows, and what the forward says of the targets.
+
+    Raises:
+        ArgumentError, UnsupportedModelError, BackendUnavailableError: as `relevancy_rows`; or the method has no
+            companion to compare with.
+
+    Example:
+        >>> import lvlm_fastxai as fx
+        >>> model, processor = fx.load_tiny_lvlm()
+        >>> inputs = processor(text=["what color is the circle?"], return_tensors="pt")
+        >>> found = fx.explain_rows(model, inputs, [(0, 1, 5), (0, 2, 5)])
+        >>> found.logits.shape, bool((found.probabilities <= 1).all())
+        (torch.Size([2]), True)
     """
     check_row_tolerance(row_tolerance)
     # Inference tensors could not be saved for backward, so neither may be in the way of one.
@@ -130,7 +157,7 @@ def explain_rows(
                 raise ArgumentError(f"compare: method {method!r} has no other method's rows to compare with its own")
             if on_rows is not None:
                 raise ArgumentError("compare: rows that are handed on are not compared; leave out on_rows")
-            run.compare = True  # type: ignore[attr-defined]
+            run.compare = True
         return _explain(model, inputs, run, memory, row_tolerance, recording, on_rows)
 
 
@@ -138,16 +165,25 @@ def _explain(
     model: nn.Module,
     inputs: dict[str, Any],
     run: methods.Method,
-    memory: str,
-    row_tolerance: float | str,
+    memory: Memory,
+    row_tolerance: RowTolerance,
     recording: Recording | None,
     on_rows: Callable[[list[int], Tensor, Tensor], None] | None,
 ) -> RelevancyRows:
     targets = run.targets
+    traits, dtype = run.traits, model.dtype
+    assert isinstance(dtype, torch.dtype)
     # Without gradients there is nothing to keep: "lean" drops the activations, and the top layer is run once more.
-    memory_of_forward = memory if run.needs_gradient or memory == "min" else "lean"
-    tolerance = run.tolerance(row_tolerance)
-    with Sweep(model, inputs, run.explained.row_table(), memory_of_forward, tolerance, recording) as sweep:
+    memory_of_forward = memory if traits.needs_gradient or memory == "min" else "lean"
+    plan = plan_sweep(
+        row_tolerance,
+        memory,
+        dtype,
+        targets.columns,
+        needs_gradient=traits.needs_gradient,
+        prunes_by_itself=traits.prunes_by_itself,
+    )
+    with Sweep(model, inputs, run.explained.row_table(), memory_of_forward, plan.tolerances, recording) as sweep:
         with torch.no_grad():
             logits = targets.select(sweep.logits, run.explained.rows_of_samples)
             token = torch.tensor(targets.token_ids, device=logits.device)[:, None]
@@ -166,10 +202,13 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 
 def check_row_tolerance(row_tolerance: float | str) -> None:
-    """Refuse what is no tolerance.
+    """Refuse anything that is not a tolerance.
 
     Raises:
         ArgumentError: neither "auto" nor a number from 0 (exact) to below 1.
+
+    Example:
+        >>> check_row_tolerance(0.01)
     """
     if row_tolerance == "auto":
         return

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..sweep.forward import Sweep
-from ..sweep.pruning import DROPPED_FACTOR, MISSING_FACTOR, Certificate, Ledger
+from ..sweep.pruning import Certificate, Ledger
 from ..sweep.targets import Targets
+from . import registry
+from .registry import MethodName, MethodTraits
 
 # Gradients of further targets that are held at once, one (B, S, D) tensor each; more targets go in several descents.
 GRADIENT_BUDGET_BYTES = 512 * 2**20
@@ -24,27 +26,21 @@ class Method(ABC):
         targets: what is explained.
         inputs: keyword arguments of ``model.forward``.
         prompt_length: column at which the answer starts, one for all samples or one each; where a method needs it.
-        options: of ``options_type``; None for the method's defaults.
+        options: of the class that the registry names; None for the method's defaults.
 
     Attributes:
         certificate: what the sweep kept of each target; None before it, and for a method without a sweep.
         explained: the logits whose gradients the method takes; the targets themselves unless a method needs more.
         progress: called as ``progress(done, total)`` whenever a layer is done.
-        compared: (N, S) rows of `chefer` for the same targets, where they were asked for.
+        compare: whether the companion's rows are wanted too; they come of the same backward.
+        compared: (N, S) rows of the companion for the same targets, where they were asked for.
         on_rows: takes the targets' numbers and their rows (n, S) as they are done; none are kept then.
 
     Raises:
         ArgumentError: the method cannot explain these targets.
     """
 
-    name: ClassVar[str]
-    # A method that reads no gradient lets the forward run without activations.
-    needs_gradient: ClassVar[bool] = True
-    options_type: ClassVar[type | None] = None
-    # What the two parts of a pruned sweep's error estimate count (`estimated_error`), calibrated for each method.
-    estimate: ClassVar[tuple[float, float]] = (MISSING_FACTOR, DROPPED_FACTOR)
-    # Whether `row_tolerance="auto"` finds anything to leave out.
-    prunes_by_itself: ClassVar[bool] = True
+    name: ClassVar[MethodName]
 
     def __init__(
         self,
@@ -56,16 +52,16 @@ class Method(ABC):
         self.targets = targets
         self.explained = targets
         self.certificate: Certificate | None = None
+        self.compare = False
         self.compared: Tensor | None = None
         self.progress: Callable[[int, int], None] = lambda done, total: None
         self.on_rows: Callable[[list[int], Tensor], None] | None = None
         self._done = 0
 
-    @classmethod
-    def tolerance(cls, row_tolerance: float | str) -> float | str:
-        """The tolerance that a sweep of this method takes for what was asked for."""
-        exact = not cls.needs_gradient or (row_tolerance == "auto" and not cls.prunes_by_itself)
-        return 0.0 if exact else row_tolerance
+    @property
+    def traits(self) -> MethodTraits:
+        """What the registry says of the method."""
+        return registry.find(self.name)
 
     @abstractmethod
     def rows(self, sweep: Sweep) -> Tensor:

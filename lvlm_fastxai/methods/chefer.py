@@ -17,6 +17,7 @@ from ..sweep.pruning import Ledger
 from ..sweep.rows import LayerStep
 from ..sweep.sharding import Ranks
 from ._base import SweptMethod, row_dtype
+from .registry import MethodName
 
 
 def row_times_relevancy(row: Tensor, step: LayerStep) -> Tensor:
@@ -63,11 +64,11 @@ class CheferWalk(Walk):
 class Chefer(SweptMethod):
     """The rule on a teacher-forced pass over prompt and answer; every row uses the target's own gradient."""
 
-    name: ClassVar[str] = "chefer"
+    name: ClassVar[MethodName] = "chefer"
 
     def walk(self, start: Tensor, sweep: Sweep) -> CheferWalk:
         """Return the running rows at the top of the model."""
-        return CheferWalk(start, Ledger(self.estimate), sweep.ranks)
+        return CheferWalk(start, Ledger(self.traits.error_factors), sweep.ranks)
 
     def descend(
         self, sweep: Sweep, scalars: Sequence[Tensor], slots: Sequence[Sequence[int]], tolerance: float, *, keep: bool

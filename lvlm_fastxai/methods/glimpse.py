@@ -28,21 +28,13 @@ from ..sweep.targets import Targets
 from ._base import SweptMethod, row_dtype
 from .chefer import row_times_relevancy
 from .glimpse_options import PROPAGATIONS, GlimpseOptions
+from .registry import MethodName
 
 
 class Glimpse(SweptMethod):
-    """The method on a teacher-forced pass over prompt and answer; every row uses the target's own gradient.
+    """The method on a teacher-forced pass over prompt and answer; every row uses the target's own gradient."""
 
-    Attributes:
-        compare: whether ``compared``, the rows of `chefer`, is wanted too; they come of the same backward.
-    """
-
-    name: ClassVar[str] = "glimpse"
-    options_type: ClassVar[type | None] = GlimpseOptions
-    # `python -m benchmarks pruned calibrate --method glimpse`
-    estimate: ClassVar[tuple[float, float]] = (1.9, 1.2)
-    # A tolerance of 0.01 is estimated to cost more than the rounding of a bf16 model hides.
-    prunes_by_itself: ClassVar[bool] = False
+    name: ClassVar[MethodName] = "glimpse"
 
     def __init__(
         self,
@@ -53,7 +45,6 @@ class Glimpse(SweptMethod):
     ) -> None:
         super().__init__(targets, inputs, prompt_length, options)
         self.options = options or GlimpseOptions()
-        self.compare = False
 
     def rows(self, sweep: Sweep) -> Tensor:
         if sweep.ranks.group is not None:
@@ -78,7 +69,7 @@ class Glimpse(SweptMethod):
             walk = GlimpseWalk(options, layers, start, 0, first)
         if self.compare:
             walk.chefer = start.clone()
-        ledger = Ledger(self.estimate)
+        ledger = Ledger(self.traits.error_factors)
         for step in self._layers(Descent(sweep, scalars, walk, row_tolerance=tolerance, keep=keep), layers):
             ledger.count(step.selection, start)
             self.advanced(len(scalars), layers - options.lowest(layers))

@@ -55,7 +55,7 @@ class JoinedWalk(CheferWalk):
 class LvlmInterpret(Chefer):
     """The tool's maps, its two post-steps included. Needs ``prompt_length`` S0: the answer starts at that column."""
 
-    name: ClassVar[str] = "lvlm_interpret"
+    name: ClassVar[MethodName] = "lvlm_interpret"
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class LvlmInterpret(Chefer):
         return normalise(result, targets)
 
     def walk(self, start: Tensor, sweep: Sweep) -> CheferWalk:
-        return JoinedWalk(start, sweep, Ledger(self.estimate), self.explained)
+        return JoinedWalk(start, sweep, Ledger(self.traits.error_factors), self.explained)
 
 
 def normalise(rows: Tensor, targets: Targets) -> Tensor:

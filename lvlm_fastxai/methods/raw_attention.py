@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ..sweep.forward import Sweep
 from ._base import Method
+from .registry import MethodName
 
 
 class RawAttention(Method):
     """row_j = mean_h P_L[h][q*, j]."""
 
-    name: ClassVar[str] = "raw_attention"
-    needs_gradient: ClassVar[bool] = False
+    name: ClassVar[MethodName] = "raw_attention"
 
     def rows(self, sweep: Sweep) -> Tensor:
         targets, result = self.targets, self.empty_rows(sweep)

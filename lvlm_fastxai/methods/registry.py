@@ -123,11 +123,6 @@ class MethodTraits:
             expected = "no options" if kind is None else kind.__name__
             raise ArgumentError(f"options: method {self.name!r} takes {expected}, got {options!r}")
 
-    def tolerance(self, row_tolerance: float | str) -> float | str:
-        """Give the tolerance that a sweep of this method takes for the one that was asked for."""
-        exact = not self.needs_gradient or (row_tolerance == "auto" and not self.prunes_by_itself)
-        return 0.0 if exact else row_tolerance
-
     def options_in_force(self, options: Any) -> dict[str, Any]:
         """Name every option's value, defaults included; empty for a method without options.
 

@@ -7,14 +7,14 @@ import contextvars
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from lvlm_fastxai.choices import BackendName
 from lvlm_fastxai.errors import ArgumentError, BackendUnavailableError
 
-BackendName = Literal["cuda", "triton", "cpu", "reference"]
 # In the order in which they are tried.
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 BACKEND_VARIABLE = "LVLM_FASTXAI_BACKEND"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from lvlm_fastxai.choices import Activation, BackendName, Norm
 from lvlm_fastxai.ops import _backends, _dispatch
 from lvlm_fastxai.ops._arguments import check_axes, check_choice, check_dtypes, check_integers, check_sizes, refuse
-from lvlm_fastxai.ops._dispatch import BackendName
 from lvlm_fastxai.reference.proxy_relevancy import proxy_relevancy as dense
 
 OPERATOR = "proxy_relevancy"
@@ -17,8 +17,6 @@ SCHEMA = (
     "(Tensor hidden, Tensor query, Tensor offset, Tensor lengths, float eps, bool centered, bool softmax) "
     "-> (Tensor, Tensor, Tensor)"
 )
-Norm = Literal["rms", "layer"]
-Activation = Literal["sigmoid", "softmax"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 

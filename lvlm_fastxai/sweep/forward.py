@@ -18,19 +18,20 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..choices import Memory
 from ..errors import ArgumentError, UnsupportedModelError
 from ..models.decoder import find_decoder_layers
 from .preparation import prepared
-from .pruning import ROUNDING_ERROR, reason_against, tolerances
+from .pruning import ROUNDING_ERROR, reason_against
 from .sharding import find_ranks
 from .tape import KeysTaken, Record, Request, Tape, current_tape
 
-MEMORY_MODES = ("fast", "lean", "min")
+MEMORY_MODES = get_args(Memory)
 
 
 @dataclass(slots=True)
@@ -83,8 +84,8 @@ class Sweep:
         inputs: keyword arguments of ``model.forward`` for B samples of S columns.
         query_rows: (B, R) int64, the rows whose logits are wanted.
         memory: "fast" keeps every layer's activations, "lean" only its input, "min" only its input off the device.
-        row_tolerance: ε of the pruned sweep, or "auto"; every layer's input is then all that the forward keeps, and
-            "fast" keeps the layers' keys and values from one descent to the next. 0 is exact.
+        row_tolerance: ε of the pruned sweep, or several to try in turn; every layer's input is then all that the
+            forward keeps, and "fast" keeps the layers' keys and values from one descent to the next. 0 is exact.
         recording: what ``generate()`` computed for ``inputs``; it takes the forward's place.
 
     Attributes:
@@ -108,7 +109,7 @@ class Sweep:
         inputs: Mapping[str, Any],
         query_rows: Tensor,
         memory: str = "fast",
-        row_tolerance: float | str = 0.0,
+        row_tolerance: float | tuple[float, ...] = 0.0,
         recording: Recording | None = None,
     ) -> None:
         if memory not in MEMORY_MODES:
@@ -123,7 +124,7 @@ class Sweep:
         shape = next(inputs[name].shape for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
         dtype: Any = model.dtype
         self.columns = int(shape[1])
-        self.tolerances = tolerances(row_tolerance, dtype, self.columns)
+        self.tolerances = row_tolerance if isinstance(row_tolerance, tuple) else (row_tolerance,)
         self.error_limit = ROUNDING_ERROR.get(dtype, 0.0)
         self._recording = recording
         self.keeps_graphs = memory == "fast" and self.tolerances == (0.0,) and recording is None

@@ -162,13 +162,56 @@ def reason_against(args: tuple[Any, ...], kwargs: Mapping[str, Any], columns: in
     return None
 
 
-def tolerances(row_tolerance: float | str, dtype: torch.dtype, columns: int) -> tuple[float, ...]:
-    """The tolerances to try, in turn: the last one is taken whatever it is estimated to cost."""
-    if row_tolerance != "auto":
-        return (float(row_tolerance),)
-    if dtype not in ROUNDING_ERROR or columns < SHORTEST_PRUNED:
-        return (0.0,)
-    return (*AUTO_TOLERANCES, 0.0)
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep will do.
+
+    Attributes:
+        tolerances: ε to try in turn; the last one is taken whatever its error is estimated to be.
+        records: whether it starts from what ``generate()`` computed, where an answer is generated.
+    """
+
+    tolerances: tuple[float, ...]
+    records: bool
+
+
+def plan_sweep(
+    row_tolerance: float | str,
+    memory: str,
+    dtype: torch.dtype,
+    columns: int,
+    *,
+    needs_gradient: bool,
+    prunes_by_itself: bool,
+) -> SweepPlan:
+    """Decide what ``row_tolerance="auto"`` means, and whether a recording saves a forward.
+
+    "auto" prunes where the rounding of the dtype hides what is left out, in sequences that are long enough to gain from
+    it. Without gradients there is nothing to prune. An exact sweep in fast mode wants every layer's activations, and so
+    takes a forward of its own; "min" takes one because a recording would stand in the device's memory while the answer
+    is generated.
+
+    Args:
+        row_tolerance: ε ≥ 0, or "auto".
+        memory: "fast", "lean" or "min".
+        dtype: of the model.
+        columns: S.
+        needs_gradient, prunes_by_itself: traits of the method (`lvlm_fastxai.methods.registry`).
+
+    Example:
+        >>> plan_sweep("auto", "fast", torch.bfloat16, 1000, needs_gradient=True, prunes_by_itself=True)
+        SweepPlan(tolerances=(0.01, 0.0), records=True)
+        >>> plan_sweep("auto", "fast", torch.float32, 1000, needs_gradient=True, prunes_by_itself=True)
+        SweepPlan(tolerances=(0.0,), records=False)
+    """
+    if not needs_gradient:
+        return SweepPlan((0.0,), records=False)
+    tolerances: tuple[float, ...] = (0.0,)
+    if not isinstance(row_tolerance, str):
+        tolerances = (float(row_tolerance),)
+    elif prunes_by_itself and dtype in ROUNDING_ERROR and columns >= SHORTEST_PRUNED:
+        tolerances = (*AUTO_TOLERANCES, 0.0)
+    return SweepPlan(tolerances, records=memory == "lean" or (memory == "fast" and tolerances != (0.0,)))
 
 
 @dataclass(frozen=True)

@@ -154,19 +154,6 @@ def _cat(parts: list[Any], axis: int) -> Any:
     return torch.cat(parts, dim=axis)
 
 
-def saves_a_forward(needs_gradient: bool, memory: str, tolerances: tuple[float, ...]) -> bool:
-    """Whether an explanation should start from a recording.
-
-    Without gradients there is no sweep. An exact sweep in fast mode wants every layer's activations and so takes a
-    forward of its own; "min" takes one because what is kept would stand in the device's memory while the answer is
-    generated.
-
-    Args:
-        tolerances: what the sweep will try, in turn.
-    """
-    return needs_gradient and (memory == "lean" or (memory == "fast" and tolerances != (0.0,)))
-
-
 def logits_agree(found: Tensor, recorded: Tensor, largest: Tensor, dtype: torch.dtype) -> bool:
     """Whether logits of a sweep that starts from a recording are those that ``generate()`` chose its tokens by.
 
