@@ -21,7 +21,7 @@ PACKAGE = ROOT / "lvlm_fastxai"
 # Floors of the house, lowest first: a room may import from floors below its own and from itself.
 FLOORS = (
     ("errors",),
-    ("_native", "console", "files"),
+    ("_native", "choices", "console", "files"),
     ("models", "training"),
     ("tiny",),
     ("reference", "triton_kernels", "families"),

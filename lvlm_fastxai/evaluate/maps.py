@@ -262,5 +262,7 @@ def _rows(
     if method == "chefer_untrained":
         assert twin is not None
         model, method = twin, "chefer"
-    result = explain_rows(model, inputs, targets, method=method, prompt_length=start, options=options)
+    result = explain_rows(
+        model, inputs, targets, method=registry.find(method).name, prompt_length=start, options=options
+    )
     return result.rows.cpu(), result.probabilities.cpu()

@@ -23,6 +23,7 @@ from ..sweep.forward import Sweep
 from ..sweep.pruning import Ledger
 from ..sweep.targets import Targets
 from .chefer import Chefer, CheferWalk
+from .registry import MethodName
 
 
 class JoinedWalk(CheferWalk):
