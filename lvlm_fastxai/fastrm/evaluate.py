@@ -54,7 +54,7 @@ def evaluate_head(
     resamples: int = 2000,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores of the head, of the last layer's raw attention and of the training maps' mean, against exact maps.
+    """Score the head, the last layer's raw attention and the training maps' mean against exact maps.
 
     A positive is a column above ``binarisation`` of the exact map after min–max. The head calls positive what is above
     its decision threshold, which was chosen on validation data; the two baselines, after min–max, what is above
@@ -211,7 +211,7 @@ def _summary(found: Sequence[TokenScore], resamples: int) -> dict[str, dict[str,
 
 
 def draw(result: dict[str, dict[str, Any]], path: Path) -> bool:
-    """F1 and rank correlation by kind of question, one panel per set; False without matplotlib."""
+    """Draw F1 and rank correlation by kind of question, one panel per set; False without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -244,7 +244,7 @@ def draw(result: dict[str, dict[str, Any]], path: Path) -> bool:
 
 
 def table(result: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a line per set, kind and predictor."""
+    """Write the scores in Markdown: a line per set, kind and predictor."""
     header = "| set | questions | map | F1 | best F1 | IoU | accuracy | rank corr. | pointing | mass in mask |"
     lines = [header, "|---|---|---|---:|---:|---:|---:|---:|---:|---:|"]
     for title, found in result.items():

@@ -32,7 +32,9 @@ SHIPPED = Path(__file__).parent / "shipped"
 
 @dataclass(frozen=True)
 class FastRMConfig:
-    """What a head is and which model it belongs to. Where the paper is silent, ours: docs/fastrm.md has the ablation.
+    """What a head is and which model it belongs to.
+
+    Where the paper says nothing, the choice is ours: docs/fastrm.md has the ablation.
 
     Attributes:
         hidden_size: D, width of the model's hidden states.
@@ -137,7 +139,7 @@ class FastRM(nn.Module):
         self.register_buffer("mean_map", torch.zeros(0))
 
     def forward(self, hidden: Tensor, state: Tensor) -> Tensor:
-        """Scores s (B, N, S), before the activation, differentiable.
+        """Compute the scores s (B, N, S), before the activation; differentiable.
 
         Args:
             hidden: (B, S, D) hidden states of the image's columns.
@@ -148,7 +150,7 @@ class FastRM(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> Folded:
-        """Everything behind the query as one linear map, which holds until the weights change.
+        """Fold everything behind the query into one linear map, which holds until the weights change.
 
         Its first D rows give the folded query g ∘ W_kᵀ q / √d_p, the last the offset c · W_kᵀ q / √d_p + b.
         """
@@ -169,13 +171,13 @@ class FastRM(nn.Module):
         folded: Folded | None = None,
         backend: ops.BackendName | None = None,
     ) -> Prediction:
-        """Maps and their entropies, in one pass over the hidden states.
+        """Predict maps and their entropies, in one pass over the hidden states.
 
         Args:
             hidden: (B, S, D) hidden states of the image's columns, any floating dtype.
             state: (B, N, D) of the rows that produced the explained tokens.
             lengths: (B,) columns of each sample, padding behind them; default all S.
-            folded: what `fold` gives, to be kept by who predicts often.
+            folded: what `fold` gives; keep it where you predict often.
             backend: of `lvlm_fastxai.ops.proxy_relevancy`.
 
         Raises:
@@ -202,7 +204,7 @@ class FastRM(nn.Module):
         )
 
     def positive(self, relevancy: Tensor) -> Tensor:
-        """The columns (…, S) bool that a map (…, S) calls relevant."""
+        """Find the columns (…, S) bool that a map (…, S) calls relevant."""
         if self.config.activation == "softmax":
             relevancy = min_max(relevancy)
         return relevancy > self.config.decision_threshold
@@ -220,7 +222,7 @@ class FastRM(nn.Module):
         return functional.rms_norm(states, states.shape[-1:], self.norm_weight, self.config.eps)
 
     def live_maps(self, model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> LiveMaps:
-        """`LiveMaps` of this head; arguments as there."""
+        """Attach this head to one ``generate()`` call; arguments as of `LiveMaps`."""
         from .live import LiveMaps
 
         return LiveMaps(self, model, inputs, **options)
@@ -352,13 +354,13 @@ def _digest(settings: Mapping[str, Any], weights: bytes) -> str:
 
 
 def min_max(relevancy: Tensor) -> Tensor:
-    """A map (…, S) scaled to 0 … 1; one that is constant becomes 0."""
+    """Scale a map (…, S) to 0 … 1; one that is constant becomes 0."""
     low, high = relevancy.aminmax(dim=-1, keepdim=True)
     spread = high - low
     return torch.where(spread > 0, (relevancy - low) / torch.where(spread > 0, spread, 1), 0)
 
 
 def initial_bias(positive_share: float) -> float:
-    """b at which every column's sigmoid is the share of positive columns: training starts from the prior."""
+    """Find the b at which every column's sigmoid is the share of positive columns: training starts from the prior."""
     share = min(max(positive_share, 1e-4), 1 - 1e-4)
     return math.log(share / (1 - share))

@@ -76,7 +76,7 @@ class LiveStep:
         return self.surprisals.neg().exp()
 
     def token(self, sample: int = 0) -> LiveToken:
-        """This step's token of one answer; UnknownFamilyError where the family's grids are not known."""
+        """Read this step's token of one answer; UnknownFamilyError where the family's grids are not known."""
         row = self.row(sample)
         return LiveToken(
             token_id=int(self.token_ids[sample]),
@@ -88,11 +88,11 @@ class LiveStep:
         )
 
     def entropy(self, sample: int = 0) -> float:
-        """Of one answer's map, in 0 … 1."""
+        """Read the entropy of one answer's map, in 0 … 1."""
         return float(self.prediction.entropy[sample, 0])
 
     def row(self, sample: int = 0) -> Tensor:
-        """(prompt length,) fp32 on the CPU: the map at the image's columns, 0 elsewhere."""
+        """Read one answer's map as (prompt length,) fp32 on the CPU: 0 outside the image's columns."""
         live = self._live
         row = torch.zeros(live.prompt_length)
         columns = live.columns(sample)
@@ -209,11 +209,11 @@ class LiveMaps:
                 module._forward_hooks.pop(key, None)
 
     def columns(self, sample: int = 0) -> Tensor:
-        """The image's columns of one prompt, ascending int64."""
+        """List the image's columns of one prompt, ascending int64."""
         return self._columns[sample // self._copies]
 
     def layouts(self, sample: int = 0) -> list[ImageLayout]:
-        """The grids of one prompt's pictures; UnknownFamilyError where the family's are not known."""
+        """Find the grids of one prompt's pictures; UnknownFamilyError where the family's are not known."""
         prompt = sample // self._copies
         if prompt not in self._layouts:
             sizes = None if self._image_sizes is None else self._image_sizes[prompt]
@@ -272,7 +272,7 @@ class LiveMaps:
         self._logits = output.logits[:, -1].detach()
 
     def put(self, value: Tensor) -> None:
-        """What ``generate()`` calls, first with the prompt and then with each step's (B,) tokens."""
+        """Take what ``generate()`` hands over, first with the prompt and then with each step's (B,) tokens."""
         if not self._prompt_given:
             self._prompt_given = True
             return
@@ -312,7 +312,7 @@ def stream(
     image_processor: Any = None,
     **generate: Any,
 ) -> Iterator[LiveStep]:
-    """Generate in a thread of its own, and give each step when it is there.
+    """Generate in a thread of its own, and yield each step as it appears.
 
     The thread ends with the reader: when the steps are exhausted, closed or no longer referred to, or when an error
     passes.

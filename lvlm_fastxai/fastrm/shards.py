@@ -84,7 +84,7 @@ class Shard:
 
 
 def shard_name(number: int) -> str:
-    """File name of the shard with this number."""
+    """Name the file of the shard with this number."""
     return f"maps-{number:05d}.safetensors"
 
 
@@ -104,7 +104,7 @@ def first_difference(settings: Mapping[str, Any], others: Mapping[str, Any]) -> 
 
 
 def encode_shard(settings: Mapping[str, Any], start: int, records: Sequence[MapRecord]) -> bytes:
-    """The bytes of a shard that holds the samples from ``start`` on.
+    """Encode a shard that holds the samples from ``start`` on.
 
     Args:
         settings: of the set, to be written as JSON.
@@ -139,7 +139,7 @@ def encode_shard(settings: Mapping[str, Any], start: int, records: Sequence[MapR
 
 
 def decode_shard(data: bytes) -> Shard:
-    """The inverse of `encode_shard`.
+    """Decode what `encode_shard` gave.
 
     Raises:
         DamagedShardError: the bytes are not those that were written.
@@ -203,7 +203,7 @@ def _check_header(path: Path, settings: Mapping[str, Any], start: int) -> None:
 
 
 def read_shard(path: Path) -> Shard:
-    """The shard in a file.
+    """Read the shard in a file.
 
     Raises:
         DamagedShardError: it is not what was written; the message names the file.
@@ -272,7 +272,7 @@ class MapSet(Sequence[MapRecord]):
         return int(self.settings["samples"])
 
     def __getitem__(self, index: Any) -> Any:
-        """The record of a sample, or those of a slice.
+        """Read the record of a sample, or those of a slice.
 
         Raises:
             DamagedShardError: its file is not the one that was written.
@@ -286,7 +286,7 @@ class MapSet(Sequence[MapRecord]):
         return self._read(shard)[place]
 
     def records(self) -> Iterator[MapRecord]:
-        """All records in the order of the source, each file read once."""
+        """Yield all records in the order of the source, each file read once."""
         for shard in range(len(self._shards)):
             yield from self._read(shard)
 
@@ -301,7 +301,7 @@ class MapSet(Sequence[MapRecord]):
 
 
 def open_maps(folder: str | Path) -> MapSet:
-    """The maps that `lvlm-fastxai fastrm build-maps` has written; see `MapSet`."""
+    """Open the maps that `lvlm-fastxai fastrm build-maps` has written; see `MapSet`."""
     return MapSet(folder)
 
 

@@ -33,7 +33,7 @@ class States:
 def read_states(
     answerer: Answerer, samples: Sequence[Sample], answers: Sequence[Sequence[int]], layers: Sequence[int], batch: int
 ) -> list[States]:
-    """The states at the output of some decoder layers, teacher forced.
+    """Read the states at the output of some decoder layers, teacher forced.
 
     Args:
         answerer: model and processor.

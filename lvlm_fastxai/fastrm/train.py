@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How a head is trained. Where the paper is silent, ours; docs/fastrm.md has the ablation.
+    """How a head is trained. Where the paper says nothing, the choice is ours; docs/fastrm.md has the ablation.
 
     Attributes:
         layer, dim, query_width, norm, activation: of the head; see `FastRMConfig`.
@@ -110,13 +110,13 @@ class StateCache:
         return len(self._items)
 
     def first(self, count: int) -> StateCache:
-        """The first items only; what is read for them is kept for both."""
+        """Give the first items only; what is read for them is kept for both."""
         part = StateCache(self._answerer, self._items[:count], self._layers, self._budget)
         part._kept = self._kept
         return part
 
     def take(self, indices: Sequence[int]) -> list[tuple[Item, States]]:
-        """Items with their states."""
+        """Give items with their states."""
         missing = [index for index in indices if index not in self._kept]
         items = {index: self._items[index] for index in indices}
         read: dict[int, States] = {}
@@ -138,7 +138,7 @@ class StateCache:
 
 
 def collate(taken: Sequence[tuple[Item, States]], layer: int, binarisation: float, device: Any) -> Batch:
-    """One padded batch of answers at one layer."""
+    """Pad answers to one batch at one layer."""
     lengths = [len(item.record.token_ids) for item, _ in taken]
     columns = [item.record.maps.shape[1] for item, _ in taken]
     width = taken[0][1].hidden[layer].shape[1]
@@ -155,12 +155,12 @@ def collate(taken: Sequence[tuple[Item, States]], layer: int, binarisation: floa
 
 
 def binary_target(maps: Tensor, binarisation: float) -> Tensor:
-    """y = 1[minmax(r) > binarisation] for maps (…, n)."""
+    """Compute y = 1[minmax(r) > binarisation] for maps (…, n)."""
     return (min_max(maps) > binarisation).float()
 
 
 def loss_of(head: nn.Module, batch: Batch, config: FastRMConfig, positive_weight: float) -> Tensor:
-    """Class-weighted binary cross-entropy; for a softmax, cross-entropy with the targets as a distribution."""
+    """Compute class-weighted binary cross-entropy; for a softmax, cross-entropy with the targets as a distribution."""
     scores = head(batch.hidden, batch.state)
     if config.activation == "softmax":
         has_any = (batch.target.sum(-1) > 0).float()

@@ -48,7 +48,7 @@ class Sample:
     load: Callable[[], Image.Image] = field(repr=False, compare=False)
 
     def picture(self) -> Image.Image:
-        """The picture, RGB, read anew by every call.
+        """Read the picture, RGB, anew at every call.
 
         Raises:
             ArgumentError: it is not there or cannot be read; the message names the sample.

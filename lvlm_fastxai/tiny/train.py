@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
-from ..files import write_whole
+from ..files import write_whole, writing_folder
 from ..training.stopping import Stop
 from . import WEIGHTS, load_tiny_lvlm, scenes
 from .accuracy import evaluate, held_out_pool, packed_accuracy, prior, show
@@ -89,7 +89,6 @@ def train(settings: Settings, work: Path, output: Path, *, threads: int, resume:
             return False
         answers = AnswerStage(networks, data, run)
         answers.run(stop)
-    save_checkpoint(model, output)
     record = {
         "settings": asdict(settings),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -101,7 +100,9 @@ def train(settings: Settings, work: Path, output: Path, *, threads: int, resume:
         "processor_seconds": round(answers.seconds),
         "validation": answers.history,
     }
-    _write_record(output, record)
+    with writing_folder(output, argument="--output") as scratch:
+        save_checkpoint(model, scratch)
+        _write_record(scratch, record)
     return True
 
 

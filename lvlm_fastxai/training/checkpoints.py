@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import ArgumentError, one_line
-from ..files import write_whole
+from ..files import writing
 
 
 class Stateful(Protocol):
@@ -68,11 +67,14 @@ class Checkpoint:
         self._parts = dict(parts)
 
     def save(self, values: Mapping[str, Any]) -> None:
-        """Write the states of all parts, and plain values beside them (numbers, texts, lists and dicts of these)."""
-        file = io.BytesIO()
+        """Write the states of all parts, and plain values beside them (numbers, texts, lists and dicts of these).
+
+        Raises:
+            ArgumentError: the file cannot be written; the state that was saved before is untouched.
+        """
         states = {name: part.state_dict() for name, part in self._parts.items()}
-        torch.save({"parts": states, "values": dict(values)}, file)
-        write_whole(self.path, file.getvalue())
+        with writing(self.path, argument="state") as file:
+            torch.save({"parts": states, "values": dict(values)}, file)
 
     def load(self) -> dict[str, Any] | None:
         """Set every part to its saved state.
