@@ -68,7 +68,7 @@ def design_effect(groups: NDArray[np.int64], correlation: float) -> float:
     Kish's 1 + (m − 1) ρ with m = Σ m_g² / Σ m_g answers per group.
     """
     size = np.bincount(groups - groups.min()).astype(np.float64)
-    return 1 + ((size**2).sum() / size.sum() - 1) * correlation
+    return 1 + float((size**2).sum() / size.sum() - 1) * correlation
 
 
 def choose_threshold(fit: Answers, tune: Answers, policy: Policy, correlation: float) -> tuple[float | None, int]:
