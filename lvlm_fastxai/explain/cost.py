@@ -173,7 +173,7 @@ def estimate_cost(
         prunes_by_itself=traits.prunes_by_itself,
     )
     tried, records = plan.tolerances, plan.records or not traits.sweeps
-    recomputes = memory != "fast" or tried != (0.0,)
+    recomputes = records or memory != "fast"
 
     def forward(length: int, rows: int) -> _Work:
         products = 2 * decoder_weights * length + 2 * head_weights * rows

@@ -126,9 +126,10 @@ class Explainer:
     ) -> Explanation:
         """Answer the question and explain the tokens of the answer.
 
-        The answer is generated greedily without a graph; then one teacher-forced pass over prompt and answer gives
-        every token's relevancy row, or what the generation computed in that pass's place. End-of-sequence and other
-        special tokens are not explained.
+        The answer is generated greedily without a graph. Every token's relevancy row starts from what the generation
+        computed, so the pictures are looked at once; in memory mode "min", and where the model's generation cannot be
+        used, from a teacher-forced pass over prompt and answer. End-of-sequence and other special tokens are not
+        explained.
 
         Args:
             image: a path, a PIL picture, or an array (h, w), (h, w, 3) or (h, w, 4), uint8 or floats in 0 … 1; a list
@@ -170,14 +171,10 @@ class Explainer:
         `explain.cost`. It assumes that the answer takes all of `max_new_tokens`. Bytes are those beyond the weights.
         Time is good to a factor of about three on a machine that does nothing else.
 
-        Args:
-            image, question, max_new_tokens: as in calling the explainer.
+        Arguments and errors are as in calling the explainer.
 
         Returns:
             Estimate: seconds, bytes, and the seconds' parts.
-
-        Raises:
-            ArgumentError: as in calling the explainer.
 
         Example:
             >>> import lvlm_fastxai as fx

@@ -127,7 +127,7 @@ class Sweep:
         self.tolerances = row_tolerance if isinstance(row_tolerance, tuple) else (row_tolerance,)
         self.error_limit = ROUNDING_ERROR.get(dtype, 0.0)
         self._recording = recording
-        self.keeps_graphs = memory == "fast" and self.tolerances == (0.0,) and recording is None
+        self.keeps_graphs = memory == "fast" and self.tolerances == (0.0,)
         self.layers: list[Layer] = []
         self._resources = contextlib.ExitStack()
         self.store = Store()

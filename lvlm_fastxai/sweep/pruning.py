@@ -187,9 +187,9 @@ def plan_sweep(
     """Decide what ``row_tolerance="auto"`` means, and whether a recording saves a forward.
 
     "auto" prunes where the rounding of the dtype hides what is left out, in sequences that are long enough to gain from
-    it. Without gradients there is nothing to prune. An exact sweep in fast mode wants every layer's activations, and so
-    takes a forward of its own; "min" takes one because a recording would stand in the device's memory while the answer
-    is generated.
+    it. Without gradients there is nothing to prune, and no sweep. "min" takes a forward of its own, because a recording
+    would stand in the device's memory while the answer is generated. The other modes start from a recording: they
+    compute each layer's activations when they first come down to it, and the vision tower does not run again.
 
     Args:
         row_tolerance: ε ≥ 0, or "auto".
@@ -202,7 +202,7 @@ def plan_sweep(
         >>> plan_sweep("auto", "fast", torch.bfloat16, 1000, needs_gradient=True, prunes_by_itself=True)
         SweepPlan(tolerances=(0.01, 0.0), records=True)
         >>> plan_sweep("auto", "fast", torch.float32, 1000, needs_gradient=True, prunes_by_itself=True)
-        SweepPlan(tolerances=(0.0,), records=False)
+        SweepPlan(tolerances=(0.0,), records=True)
     """
     if not needs_gradient:
         return SweepPlan((0.0,), records=False)
@@ -211,7 +211,7 @@ def plan_sweep(
         tolerances = (float(row_tolerance),)
     elif prunes_by_itself and dtype in ROUNDING_ERROR and columns >= SHORTEST_PRUNED:
         tolerances = (*AUTO_TOLERANCES, 0.0)
-    return SweepPlan(tolerances, records=memory == "lean" or (memory == "fast" and tolerances != (0.0,)))
+    return SweepPlan(tolerances, records=memory != "min")
 
 
 @dataclass(frozen=True)
