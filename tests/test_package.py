@@ -170,7 +170,7 @@ def test_public_signatures(name: str) -> None:
 
 
 def test_public_attributes() -> None:
-    from lvlm_fastxai.explain.explanation import TokenExplanation
+    from lvlm_fastxai.explain.data import TokenExplanation
 
     def attributes(kind: type) -> set[str]:
         return set(dir(kind)) | set(kind.__dataclass_fields__)  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import html
 import json
@@ -18,18 +19,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import lvlm_fastxai.explain.report
 from lvlm_fastxai.errors import ArgumentError
-from lvlm_fastxai.explain.explanation import (
+from lvlm_fastxai.explain.data import (
     ANSWER_DEFINITION,
     WEIGHTED_DEFINITION,
     Comparison,
     ExplainedImage,
-    Explanation,
     PromptToken,
     TokenExplanation,
     TokenWeight,
     UntouchedToken,
 )
+from lvlm_fastxai.explain.explanation import Explanation
 from lvlm_fastxai.explain.report import overlay, render_html
 from lvlm_fastxai.explain.report.colormap import colours, resample
 from lvlm_fastxai.methods import GlimpseOptions
@@ -330,6 +332,63 @@ def test_save_where_nothing_can_be_written(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ArgumentError, match="output folder"):
             make().save(folder)
+
+
+def test_save_touches_no_file_that_no_explanation_wrote(tmp_path):
+    (tmp_path / "tokens").mkdir()
+    own = [tmp_path / "tokens" / "00_holiday.png", tmp_path / "tokens" / "01_me.png", tmp_path / "notes.txt"]
+    for path in own:
+        path.write_bytes(b"mine")
+    make(texts=("one", "two")).save(tmp_path)
+    make(texts=("three",)).save(tmp_path)
+    assert all(path.read_bytes() == b"mine" for path in own)
+    drawn = {path.name for path in (tmp_path / "tokens").iterdir()} - {path.name for path in own}
+    assert drawn == {"00_three.png"}
+
+
+@pytest.mark.parametrize("name", ["report.html", "explanation.json", "answer.png", "tokens/00_one.png"])
+def test_save_refuses_to_replace_a_file_that_no_explanation_wrote(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"mine")
+    with pytest.raises(ArgumentError, match="no explanation wrote it"):
+        make(texts=("one",)).save(tmp_path)
+    assert path.read_bytes() == b"mine"
+    assert [found for found in tmp_path.rglob("*") if found.is_file()] == [path]
+
+
+def test_save_writes_through_no_link(tmp_path):
+    own, out = tmp_path / "own", tmp_path / "out"
+    own.mkdir()
+    out.mkdir()
+    (own / "picture.png").write_bytes(b"mine")
+    (out / "tokens").symlink_to(own)
+    (out / ".lvlm-fastxai-write-test").symlink_to(own / "picture.png")
+    with pytest.raises(ArgumentError, match="is a link"):
+        make().save(out)
+    assert [path.name for path in own.iterdir()] == ["picture.png"]
+    assert (own / "picture.png").read_bytes() == b"mine" and (out / ".lvlm-fastxai-write-test").is_symlink()
+
+
+def test_an_explanation_stays_whole_where_the_next_cannot_be_written(tmp_path, monkeypatch):
+    make(texts=("one",)).save(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def full(*unused: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lvlm_fastxai.explain.report, "write_overlays", full)
+    with pytest.raises(ArgumentError, match="disk full"):
+        make(texts=("two", "three")).save(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_names_that_are_not_utf8_are_spelled_out(tmp_path):
+    explanation = make()
+    explanation.command = "lvlm-fastxai explain \udcff.png"
+    paths = explanation.save(tmp_path)
+    assert json.loads(paths["json"].read_text(encoding="utf-8"))["command"] == explanation.command
+    assert "\\udcff.png" in paths["report"].read_text(encoding="utf-8")
 
 
 def test_notebook_gets_the_whole_page_in_a_frame():

@@ -1,196 +1,24 @@
-"""What an explanation holds, and how it is written down."""
+"""An explanation that can be saved and shown."""
 
 from __future__ import annotations
 
 import html
 import json
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
+from ..errors import ArgumentError, printable
+from ..files import check_writable, writing_folder
+from . import report
+from .data import SCHEMA, ExplanationData
 
-from ..errors import ArgumentError
+__all__ = ["Explanation", "prepare_directory"]
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from PIL import Image
-
-__all__ = [
-    "SCHEMA",
-    "Comparison",
-    "ExplainedImage",
-    "Explanation",
-    "PromptToken",
-    "Pruned",
-    "TokenExplanation",
-    "TokenWeight",
-    "UntouchedToken",
-    "prepare_directory",
-]
-
-SCHEMA = "lvlm-fastxai/explanation/1"
-
-CONFIDENCE_DEFINITION = "geometric mean of the probabilities of the answer's tokens"
-ANSWER_DEFINITION = "arithmetic mean of the raw values over the answer's tokens"
-WEIGHTED_DEFINITION = (
-    "sum of the tokens' values, weighted by probability times prompt alignment for the image and by probability times "
-    "visual grounding for the prompt (GLIMPSE)"
-)
+REPORT, STORED, TOKENS = "report.html", "explanation.json", "tokens"
 
 
-@dataclass(frozen=True)
-class ExplainedImage:
-    """One picture and the part of it that the model's patch grid covers.
-
-    Attributes:
-        picture: the RGB picture as it was given.
-        region: (left, top, right, bottom) in pixels of `picture`, where `image_map` lies. A processor that crops to a
-            centred square covers less than the picture, one that pads to a square covers more (negative corners).
-    """
-
-    picture: Image.Image
-    region: tuple[float, float, float, float]
-
-
-@dataclass(frozen=True)
-class PromptToken:
-    """One text token of the prompt: text, id, position in the sequence, and whether it belongs to the question."""
-
-    text: str
-    token_id: int
-    position: int
-    in_question: bool
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What a pruned sweep kept for one token.
-
-    Attributes:
-        rows_kept: positions of each decoder layer that took part, bottom layer first.
-        dropped: share of the gradient norm whose rows were left out, at each layer.
-        estimated_error: of the token's relevancy, relative L1; the true error was below it in at least 95 % of the
-            held-out cases of docs/pruned-sweep.md.
-    """
-
-    rows_kept: list[int]
-    dropped: list[float]
-    estimated_error: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, ready for `json.dump`."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class TokenWeight:
-    """What an answer token counts for in the answer's maps: GLIMPSE, arXiv 2506.18985.
-
-    Attributes:
-        prompt_alignment: a, mean relevancy of the question's tokens, identity entry left out.
-        visual_grounding: v, mean relevancy of the image's tokens.
-        image_weight: β^V = p·a over its sum, the weight in the answer's image map.
-        prompt_weight: β^P = p·v over its sum, the weight in the answer's prompt scores.
-        score: γ = β^V·β^P.
-    """
-
-    prompt_alignment: float
-    visual_grounding: float
-    image_weight: float
-    prompt_weight: float
-    score: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, ready for `json.dump`."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class UntouchedToken:
-    """An answer token that was not explained: text, id, position, and the probability it was generated with."""
-
-    text: str
-    token_id: int
-    position: int
-    probability: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Another method's maps of the same answer, the mean over the explained tokens: one (h, w) fp32 map per image, and
-    (P,) fp32 scores of the prompt's text tokens."""
-
-    method: str
-    image_maps: list[NDArray[np.float32]]
-    prompt_scores: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class TokenExplanation:
-    """Relevancy of everything before one answer token.
-
-    Attributes:
-        text: the token's text; joined over all tokens it gives `Explanation.answer`, but for white space at both ends.
-        token_id: index in the vocabulary.
-        position: where the token stands in prompt + answer. The explained logit stands at `position - 1`.
-        probability: softmax of the raw logits at that row (temperature 1, no logits processor).
-        logit: the explained scalar.
-        image_maps: one (h, w) fp32 map per image on the model's patch grid, raw relevancy; empty for an unknown family.
-        prompt_scores: (P,) fp32 raw relevancy, one per text token of the prompt, in the order of
-            `Explanation.prompt_tokens`.
-        shares: where the raw relevancy of the row lies, self entry left out: sums over "image", "question", "template"
-            (the rest of the prompt's text) and "answer" (the answer's earlier tokens).
-        pruned: what a pruned sweep kept; None if the row is exact.
-        weight: what the token counts for in the answer's maps; None for a method that weights all alike.
-        entropy: of the map that a FastRM head predicts for the token, in 0 … 1; low where it is concentrated. None
-            without a head.
-    """
-
-    text: str
-    token_id: int
-    position: int
-    probability: float
-    logit: float
-    image_maps: list[NDArray[np.float32]]
-    prompt_scores: NDArray[np.float32]
-    shares: dict[str, float]
-    pruned: Pruned | None = None
-    weight: TokenWeight | None = None
-    entropy: float | None = None
-
-    @property
-    def image_map(self) -> NDArray[np.float32]:
-        """The first image's (h, w) map."""
-        return _first(self.image_maps)
-
-
-@dataclass
-class Explanation:
-    """An answer with the relevancy of every token of it.
-
-    All maps and scores are raw relevancy (fp32, no unit, not normalised, never negative for `chefer`): values of tokens
-    with different logits can be compared within one token, and only with care between tokens.
-
-    Attributes:
-        question, answer: the texts.
-        tokens: one `TokenExplanation` per explained answer token; special tokens are left out.
-        prompt_tokens: the prompt's text tokens, aligned with every `prompt_scores`.
-        images: the pictures with the rectangle that the maps cover.
-        method, memory, row_tolerance: how it was computed.
-        backend: which implementation of the kernel ran.
-        seconds: wall time of the parts, {"generate": …, "explain": …}.
-        peak_bytes: peak memory of the explanation beyond the model itself, as far as it could be measured, else None.
-        model_name, model_class, device, dtype: what was explained.
-        sequence_length, prompt_length: positions in prompt + answer, and in the prompt.
-        versions: of this package, torch, transformers and Python.
-        command: a command line that computes it again; empty if called from Python.
-        notes: what the reader must know (for example why there is no image map).
-        options: of the method, by name; empty for a method without any.
-        chosen_tokens: "all", "content" or "top:K".
-        untouched: the answer's tokens that were not chosen, special tokens left out.
-        comparison: another method's maps of the same answer.
-        decision: of a policy on this answer, {"verdict": "accept" or "review", "score": …, "reason": …}; None without.
+class Explanation(ExplanationData):
+    """An answer with the relevancy of every token of it; `ExplanationData` lists what it holds.
 
     Example:
         >>> import lvlm_fastxai as fx
@@ -201,198 +29,46 @@ class Explanation:
         True
     """
 
-    question: str
-    answer: str
-    tokens: list[TokenExplanation]
-    prompt_tokens: list[PromptToken]
-    images: list[ExplainedImage]
-    method: str
-    memory: str
-    row_tolerance: float | str
-    backend: str
-    seconds: dict[str, float]
-    peak_bytes: int | None
-    model_name: str
-    model_class: str
-    device: str
-    dtype: str
-    sequence_length: int
-    prompt_length: int
-    versions: dict[str, str]
-    command: str = ""
-    notes: list[str] = field(default_factory=list)
-    options: dict[str, Any] = field(default_factory=dict)
-    chosen_tokens: str = "all"
-    untouched: list[UntouchedToken] = field(default_factory=list)
-    comparison: Comparison | None = None
-    decision: dict[str, Any] | None = None
-
-    @property
-    def weighted(self) -> bool:
-        """Whether the answer's maps weight its tokens."""
-        return all(token.weight is not None for token in self.tokens)
-
-    @property
-    def image_maps(self) -> list[NDArray[np.float32]]:
-        """One (h, w) fp32 map per image for the whole answer: the mean of its tokens' raw maps, or their sum by
-        `TokenWeight.image_weight`."""
-        weights = [1 / len(self.tokens) if t.weight is None else t.weight.image_weight for t in self.tokens]
-        return [
-            np.einsum("t,thw->hw", weights, np.stack(maps, dtype=np.float64)).astype(np.float32)
-            for maps in zip(*(t.image_maps for t in self.tokens), strict=True)
-        ]
-
-    @property
-    def image_map(self) -> NDArray[np.float32]:
-        """The first image's map for the whole answer, (h, w) fp32. ArgumentError if the family has no known grid."""
-        return _first(self.image_maps)
-
-    @property
-    def prompt_scores(self) -> NDArray[np.float32]:
-        """(P,) fp32: the mean over the answer's tokens of their raw scores on the prompt's text tokens; or their sum by
-        `TokenWeight.prompt_weight`, identity entries left out."""
-        if not self.weighted:
-            return np.mean([t.prompt_scores for t in self.tokens], axis=0, dtype=np.float32)
-        total = np.zeros(len(self.prompt_tokens))
-        for token in self.tokens:
-            own = np.array([prompt_token.position == token.position - 1 for prompt_token in self.prompt_tokens])
-            assert token.weight is not None
-            total += token.weight.prompt_weight * (token.prompt_scores - own)
-        return total.astype(np.float32)
-
-    @property
-    def untouched_share(self) -> float:
-        """Share of the answer's probability mass, Σ p, that lies on tokens which were not explained."""
-        left_out = sum(token.probability for token in self.untouched)
-        total = left_out + sum(token.probability for token in self.tokens)
-        return left_out / total if total > 0 else 0.0
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Mean over the answer's tokens of `TokenExplanation.shares`."""
-        return {part: float(np.mean([t.shares[part] for t in self.tokens])) for part in self.tokens[0].shares}
-
-    @property
-    def estimated_error(self) -> float:
-        """The largest estimated relative error of a token's relevancy; 0 where every row is exact."""
-        return max((t.pruned.estimated_error for t in self.tokens if t.pruned is not None), default=0.0)
-
-    @property
-    def share_of_rows(self) -> float:
-        """Share of the sequence's positions that the sweep visited, mean over layers and tokens; 1 where exact."""
-        kept = [np.mean(t.pruned.rows_kept) / self.sequence_length if t.pruned else 1.0 for t in self.tokens]
-        return float(np.mean(kept))
-
-    @property
-    def entropy(self) -> float | None:
-        """Mean entropy of the explained tokens' predicted maps, in 0 … 1; None without a FastRM head."""
-        found = [t.entropy for t in self.tokens if t.entropy is not None]
-        return float(np.mean(found)) if found else None
-
-    @property
-    def confidence(self) -> float:
-        """Geometric mean of the tokens' probabilities, in 0 … 1. It says how sure the model was, not how right."""
-        probabilities = np.array([*(t.probability for t in self.tokens), *(t.probability for t in self.untouched)])
-        return float(np.exp(np.log(np.maximum(probabilities, 1e-300)).mean()))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the pictures as plain lists, numbers and strings, ready for `json.dump`."""
-        return {
-            "schema": SCHEMA,
-            "question": self.question,
-            "answer": self.answer,
-            "confidence": self.confidence,
-            "confidence_definition": CONFIDENCE_DEFINITION,
-            "entropy": self.entropy,
-            "decision": self.decision,
-            "method": self.method,
-            "options": self.options,
-            "chosen_tokens": self.chosen_tokens,
-            "untouched_share": self.untouched_share,
-            "memory": self.memory,
-            "row_tolerance": self.row_tolerance,
-            "backend": self.backend,
-            "seconds": self.seconds,
-            "peak_bytes": self.peak_bytes,
-            "model": {
-                "name": self.model_name,
-                "class": self.model_class,
-                "device": self.device,
-                "dtype": self.dtype,
-            },
-            "sequence_length": self.sequence_length,
-            "prompt_length": self.prompt_length,
-            "versions": self.versions,
-            "command": self.command,
-            "notes": self.notes,
-            "images": [
-                {"width": i.picture.width, "height": i.picture.height, "region": list(i.region)} for i in self.images
-            ],
-            "prompt_tokens": [
-                {"text": t.text, "token_id": t.token_id, "position": t.position, "in_question": t.in_question}
-                for t in self.prompt_tokens
-            ],
-            "answer_definition": WEIGHTED_DEFINITION if self.weighted else ANSWER_DEFINITION,
-            "image_maps": [_plain(m) for m in self.image_maps],
-            "prompt_scores": _plain(self.prompt_scores),
-            "shares": self.shares,
-            "tokens": [
-                {
-                    "text": t.text,
-                    "token_id": t.token_id,
-                    "position": t.position,
-                    "probability": t.probability,
-                    "logit": t.logit,
-                    "image_maps": [_plain(m) for m in t.image_maps],
-                    "prompt_scores": _plain(t.prompt_scores),
-                    "shares": t.shares,
-                    "pruned": None if t.pruned is None else t.pruned.to_dict(),
-                    "weight": None if t.weight is None else t.weight.to_dict(),
-                    "entropy": t.entropy,
-                }
-                for t in self.tokens
-            ],
-            "untouched": [asdict(token) for token in self.untouched],
-            "comparison": None
-            if self.comparison is None
-            else {
-                "method": self.comparison.method,
-                "image_maps": [_plain(m) for m in self.comparison.image_maps],
-                "prompt_scores": _plain(self.comparison.prompt_scores),
-            },
-        }
-
     def save(self, directory: str | Path) -> dict[str, Path]:
         """Write `report.html`, `explanation.json`, and overlay pictures for the answer and every token.
 
         Args:
-            directory: created if absent; files of the same names are replaced.
+            directory: created if absent. The files of an earlier explanation are replaced when all new ones are
+                complete; other files are never touched.
 
         Returns:
             {"report": …, "json": …, "answer": …, "tokens": directory of the tokens' pictures}.
 
         Raises:
-            ArgumentError: the directory cannot be written.
+            ArgumentError: the directory cannot be written, or holds a file of such a name that no explanation wrote.
 
         Example:
-            >>> import lvlm_fastxai as fx
+            >>> import lvlm_fastxai as fx, tempfile
             >>> from lvlm_fastxai import tiny
             >>> explanation = fx.Explainer(*fx.load_tiny_lvlm())(tiny.SAMPLE_IMAGE, tiny.SAMPLE_QUESTION)
-            >>> explanation.save("out/sample")["report"].name
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     explanation.save(folder)["report"].name
             'report.html'
         """
-        from . import report
-
         folder = prepare_directory(directory)
-        paths = {"report": folder / "report.html", "json": folder / "explanation.json"}
-        paths["json"].write_text(json.dumps(self.to_dict(), ensure_ascii=False) + "\n", encoding="utf-8")
-        paths["report"].write_text(report.render_html(self), encoding="utf-8")
-        paths.update(report.write_overlays(self, folder))
+        before = _written_before(folder)
+        names = [REPORT, STORED]
+        if self.images and self.image_maps:
+            tokens = [(token.text, token.token_id) for token in self.tokens]
+            names += [name for of_image in report.overlay_names(tokens, len(self.images)) for name in of_image]
+        _check_places(folder, names, before)
+        with writing_folder(folder, remove=sorted(before - set(names))) as scratch:
+            # A name that is not UTF-8 stands in the command; its bytes are spelled out as JSON does it.
+            stored = json.dumps(self.to_dict(), ensure_ascii=False) + "\n"
+            (scratch / STORED).write_bytes(stored.encode("utf-8", "backslashreplace"))
+            (scratch / REPORT).write_bytes(report.render_html(self).encode("utf-8", "backslashreplace"))
+            report.write_overlays(self, scratch)
+        paths = {"report": folder / REPORT, "json": folder / STORED}
+        if len(names) > len(paths):
+            paths |= {"answer": folder / "answer.png", "tokens": folder / TOKENS}
         return paths
 
     def _repr_html_(self) -> str:
-        from . import report
-
         # A frame of its own: the report's style, script and content policy must not meet the notebook's.
         document = html.escape(report.render_html(self), quote=True)
         return (
@@ -400,37 +76,39 @@ class Explanation:
             'style="width:100%;height:760px;border:0"></iframe>'
         )
 
-    def __repr__(self) -> str:
-        return (
-            f"Explanation(answer={self.answer!r}, confidence={self.confidence:.3f}, tokens={len(self.tokens)}, "
-            f"method={self.method!r}, seconds={sum(self.seconds.values()):.3f})"
-        )
-
 
 def prepare_directory(directory: str | Path) -> Path:
-    """Create `directory` and prove that a file can be written in it; ArgumentError if not."""
+    """Create a folder for results and prove that a file can be written in it.
+
+    Raises:
+        ArgumentError: it cannot be created or written.
+    """
     folder = Path(directory)
-    probe = folder / ".lvlm-fastxai-write-test"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ArgumentError(
-            f"cannot write in the output folder '{folder}': {reason}; name a folder that can be created and written"
-        ) from error
+    check_writable(folder, argument="output folder")
     return folder
 
 
-def _first(maps: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    if not maps:
-        raise ArgumentError("there is no image map: the model's family has no known patch grid (see .notes)")
-    return maps[0]
+def _written_before(folder: Path) -> set[str]:
+    """Name the files that an earlier explanation wrote there; empty where there was none."""
+    try:
+        stored: Any = json.loads((folder / STORED).read_bytes())
+        if stored["schema"] != SCHEMA:
+            return set()
+        tokens = [(str(token["text"]), int(token["token_id"])) for token in stored["tokens"]]
+        pictures = report.overlay_names(tokens, len(stored["images"]))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return set()
+    return {REPORT, STORED, *(name for of_image in pictures for name in of_image)}
 
 
-def _plain(array: NDArray[np.float32]) -> Any:
-    """Nested lists whose numbers are the shortest decimals that read back as the same fp32 value."""
-    if array.ndim > 1:
-        return [_plain(part) for part in array]
-    return [float(str(value)) for value in array.astype(np.float32)]
+def _check_places(folder: Path, names: list[str], before: set[str]) -> None:
+    """Refuse to replace what no explanation wrote, and to write through a link into another folder."""
+    if (folder / TOKENS).is_symlink():
+        raise ArgumentError(f"output folder: '{printable(folder / TOKENS)}' is a link; name another folder")
+    for name in names:
+        place = folder / name
+        if name not in before and (place.exists() or place.is_symlink()):
+            raise ArgumentError(
+                f"output folder: '{printable(place)}' is there already and no explanation wrote it; move it, or name "
+                "another folder"
+            )

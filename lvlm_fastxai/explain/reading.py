@@ -14,7 +14,7 @@ from ..errors import UnknownFamilyError
 from ..prompting.answering import Answerer
 from ..prompting.joining import find_question
 from .aggregation import aggregate
-from .explanation import Comparison, ExplainedImage, PromptToken, Pruned, TokenExplanation, TokenWeight
+from .data import Comparison, ExplainedImage, PromptToken, Pruned, TokenExplanation, TokenWeight
 from .relevancy_rows import RelevancyRows
 
 

@@ -13,7 +13,7 @@ from ..prompting.answering import Answer, Answerer
 from ..prompting.inputs import Inputs, longest
 from ..sweep.forward import Recording
 from ..sweep.recording import Recorder
-from .explanation import UntouchedToken
+from .data import UntouchedToken
 from .reading import Explained
 from .relevancy_rows import RelevancyRows
 from .token_choice import choose_tokens

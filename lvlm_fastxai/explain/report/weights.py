@@ -6,7 +6,7 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..explanation import TokenExplanation, TokenWeight
+from ..data import TokenExplanation, TokenWeight
 from .text import token_label, unit_of, unit_text
 
 __all__ = ["weight_meanings", "weight_table"]
