@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from ..choices import Memory
 from ..errors import ArgumentError, UnsupportedModelError
 from ..models.decoder import find_decoder_layers
-from .preparation import prepared
+from ..models.guard import Guard, Undo, shielded
+from .preparation import prepare
 from .pruning import ROUNDING_ERROR, reason_against
 from .sharding import find_ranks
 from .tape import KeysTaken, Record, Request, Tape, current_tape
@@ -129,27 +130,31 @@ class Sweep:
         self._recording = recording
         self.keeps_graphs = memory == "fast" and self.tolerances == (0.0,)
         self.layers: list[Layer] = []
-        self._resources = contextlib.ExitStack()
+        self._guard = Guard(model)
         self.store = Store()
         self._anchor = torch.empty(0, requires_grad=True)
         self._last_output: Tensor | None = None
         self.logits: Tensor
 
     def __enter__(self) -> Sweep:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(prepared(self.model, self._decoder))
-            stack.enter_context(self.store)
-            stack.enter_context(torch.enable_grad())
+        try:
+            self._guard.open()
+            prepare(self._guard, self.model, self._decoder)
+            self._guard.on_close(self.store.close)
+            self._guard.on_close(self.layers.clear)
+            torch.set_grad_enabled(True)
             if self._recording is None:
                 self._forward()
             else:
                 self._replay(self._recording)
-            self._resources = stack.pop_all()
-        return self
+            return self
+        except BaseException:
+            self._guard.close()
+            raise
 
+    @shielded
     def __exit__(self, *exception: object) -> None:
-        self.layers.clear()
-        self._resources.close()
+        self._guard.close()
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -193,16 +198,18 @@ class Sweep:
             rows = self.query_rows.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
             return (hidden.gather(1, rows), *args[1:])
 
-        with contextlib.ExitStack() as hooks:
-            hooks.callback(head.register_forward_pre_hook(keep_rows).remove)
-            hooks.callback(current_tape.set, None)
+        hooks = Undo()
+        try:
+            hooks.hook(head.register_forward_pre_hook, keep_rows)
             for module in self._modules:
-                hooks.callback(module.register_forward_pre_hook(self._enter_layer, with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(self._leave_layer).remove)
+                hooks.hook(module.register_forward_pre_hook, self._enter_layer, with_kwargs=True)
+                hooks.hook(module.register_forward_hook, self._leave_layer)
             accepted = inspect.signature(self.model.forward).parameters
             extra = {"use_cache": False} if "use_cache" in accepted or "kwargs" in accepted else {}
             self.logits = self.model(**{**self._inputs, **extra}, return_dict=True).logits
             self._last_output = None
+        finally:
+            hooks.close()
         if len(self.layers) != len(self._modules):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} ran {len(self.layers)} of its {len(self._modules)} decoder layers"
@@ -306,25 +313,29 @@ class Store:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._count = 0
 
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """Delete the files."""
         if self._folder is not None:
             self._folder.cleanup()
 
     def put(self, leaf: Tensor) -> Callable[[], Tensor]:
+        """Store a leaf; return what :meth:`get` takes to make it again."""
         device = leaf.device
         if device.type != "cpu":
             host = leaf.detach().to("cpu")
             return lambda: host.to(device).requires_grad_()
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="lvlm_fastxai_")
-        path = Path(self._folder.name, f"layer{self._count}.pt")
-        self._count += 1
+        path = self._next_file()
         torch.save(leaf.detach().clone(), path)
         return lambda: torch.load(path, weights_only=True).requires_grad_()
 
+    @shielded
+    def _next_file(self) -> Path:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="lvlm_fastxai_")
+        self._count += 1
+        return Path(self._folder.name, f"layer{self._count}.pt")
+
     @staticmethod
     def get(ticket: Any) -> Tensor:
+        """Return the leaf that was stored, or a leaf that never was."""
         return ticket if isinstance(ticket, Tensor) else ticket()

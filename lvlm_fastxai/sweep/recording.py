@@ -8,7 +8,6 @@ needs; the cache of ``generate()`` holds them without.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.decoder import find_decoder_layers
+from ..models.guard import Guard, shielded
 from .forward import Recording
-from .preparation import prepared
+from .preparation import prepare
 from .pruning import reason_against
 
 # What transformers hands a decoder layer for each row, and the axis, counted from the end, along which the rows stand.
@@ -58,22 +58,27 @@ class Recorder:
         self._norms: list[nn.Module] = []
         self._last_output: Tensor | None = None
         self._reason: str | None = None
-        self._resources = contextlib.ExitStack()
+        self._guard = Guard(model)
 
     def __enter__(self) -> Recorder:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(prepared(self.model, self._decoder))
+        guard = self._guard
+        try:
+            guard.open()
+            prepare(guard, self.model, self._decoder)
             for index, module in enumerate(self._modules):
-                stack.callback(module.register_forward_pre_hook(self._enter(index), with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(self._leave(index)).remove)
+                guard.hook(module.register_forward_pre_hook, self._enter(index), with_kwargs=True)
+                guard.hook(module.register_forward_hook, self._leave(index))
             for module in self._decoder.children():
-                stack.callback(module.register_forward_pre_hook(self._after).remove)
-            self._resources = stack.pop_all()
-        return self
+                guard.hook(module.register_forward_pre_hook, self._after)
+            return self
+        except BaseException:
+            guard.close()
+            raise
 
+    @shielded
     def __exit__(self, *exception: object) -> None:
         self._last_output = None
-        self._resources.close()
+        self._guard.close()
 
     def recording(self) -> tuple[Recording | None, str | None]:
         """What was recorded, or None and why it is of no use."""
