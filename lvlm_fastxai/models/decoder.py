@@ -41,8 +41,15 @@ def find_decoder_layers(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     """Find the language model inside ``model``, wrapped or not, and its decoder layers in order.
 
     Raises:
-        UnsupportedModelError: no list of ``num_hidden_layers`` layers was found, or the model is an encoder-decoder.
+        UnsupportedModelError: no list of ``num_hidden_layers`` layers was found, the model is an encoder-decoder, or a
+            wrapper computes what the model inside does not (prompt tuning).
     """
+    for name, adapter in (getattr(model, "peft_config", None) or {}).items():
+        if getattr(adapter, "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: its adapter {name!r} adds positions to the prompt, which a sweep does not "
+                "follow; LoRA and other adapters inside the layers are fine"
+            )
     model = unwrap(model)
     kind = type(model).__name__
     config = getattr(model, "config", None)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..choices import Memory
 from ..errors import ArgumentError, UnsupportedModelError
-from ..models.decoder import find_decoder_layers
+from ..models.decoder import find_decoder_layers, unwrap
 from ..models.guard import Guard, Undo, shielded
 from .preparation import prepare
 from .pruning import ROUNDING_ERROR, reason_against
@@ -117,13 +117,14 @@ class Sweep:
             raise ArgumentError(f"memory: expected one of {', '.join(MEMORY_MODES)}, got {memory!r}")
         self.memory = memory
         self.fallback: str | None = None
-        self.model = model
+        # A wrapper computes nothing of its own (`find_decoder_layers` refuses those that do).
+        self.model = unwrap(model)
         self.query_rows = query_rows
         self._inputs = {name: value for name, value in inputs.items() if name != "labels"}
         self._decoder, self._modules = find_decoder_layers(model)
-        self.ranks = find_ranks(model, self._text_config)
+        self.ranks = find_ranks(self.model, self._text_config)
         shape = next(inputs[name].shape for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
-        dtype: Any = model.dtype
+        dtype: Any = self.model.dtype
         self.columns = int(shape[1])
         self.tolerances = row_tolerance if isinstance(row_tolerance, tuple) else (row_tolerance,)
         self.error_limit = ROUNDING_ERROR.get(dtype, 0.0)
