@@ -405,6 +405,12 @@ def test_plans_use_few_calls() -> None:
     assert calls("prefix") <= 2 + rows // plan.ROW_BLOCK
 
 
+def test_keys_beyond_32_bits_are_refused_and_do_not_wrap() -> None:
+    assert plan.plain_ranges(1, 1, 2**31 - 1, True, torch.device("cpu"))[0, 0].tolist() == [0, 2**31 - 1]
+    with pytest.raises(UnsupportedModelError, match="32 bits"):
+        plan.plain_ranges(1, 1, 2**31, True, torch.device("cpu"))
+
+
 @native
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("row_tolerance", [0.0, 0.1])

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedModelError
+
 # Rows handled at once wherever a mask has to be looked at or applied; far below any S that matters for memory.
 ROW_BLOCK = 128
 
@@ -122,6 +124,8 @@ def _row_segments(ranges: Tensor) -> list[tuple[int, int, int, int, bool, bool]]
 
 def plain_ranges(batch: int, rows: int, keys: int, causal: bool, device: torch.device) -> Tensor:
     """Key ranges (B, Sq, 2) int32 without padding: causal (query rows are the last of the keys) or everything."""
+    if keys > torch.iinfo(torch.int32).max:
+        raise UnsupportedModelError(f"attention over {keys} keys: their positions do not fit in 32 bits")
     end = torch.arange(keys - rows + 1, keys + 1, dtype=torch.int32, device=device)
     if not causal:
         end = torch.full_like(end, keys)
