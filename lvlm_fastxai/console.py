@@ -21,9 +21,16 @@ def add_model_arguments(parser: Any, *, model: str = "checkpoint folder (default
     """
     parser.add_argument("--model", type=Path, metavar="DIR", help=model)
     device = "cpu, cuda, cuda:1, …; with several processes 'cuda', each takes its own (default: %(default)s)"
-    parser.add_argument("--device", default="cpu", help=device)
+    parser.add_argument("--device", type=_device, default="cpu", metavar="DEVICE", help=device)
     dtype = "weights and computation (default: as stored in the checkpoint)"
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help=dtype)
+
+
+def _device(text: str) -> str:
+    """Refuse the device that holds no numbers; what others there are, torch knows."""
+    if text.partition(":")[0] == "meta":
+        raise argparse.ArgumentTypeError("'meta' computes nothing; give cpu, cuda or cuda:1")
+    return text
 
 
 def number_or(word: str) -> Callable[[str], float | str]:

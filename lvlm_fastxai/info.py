@@ -9,7 +9,7 @@ import os
 import platform
 from typing import Any
 
-__all__ = ["collect", "format_text", "main"]
+__all__ = ["add_arguments", "collect", "format_text", "main", "run"]
 
 PACKAGES = ("lvlm_fastxai", "torch", "transformers", "triton", "numpy", "pillow")
 VARIABLES = ("LVLM_FASTXAI_BACKEND", "LVLM_FASTXAI_CPU_ISA", "LVLM_FASTXAI_NO_EXT", "TRITON_INTERPRET")
@@ -78,14 +78,23 @@ def format_text(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the description; `--json` for machines."""
-    parser = argparse.ArgumentParser(prog="python -m lvlm_fastxai.info", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``lvlm-fastxai info``."""
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the description of this installation."""
     info = collect()
-    print(json.dumps(info, indent=2) if options.json else format_text(info))
+    print(json.dumps(info, indent=2) if args.json else format_text(info))
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the description; ``--json`` for machines."""
+    parser = argparse.ArgumentParser(prog="python -m lvlm_fastxai.info", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -76,3 +79,46 @@ def test_the_registry_loads_nothing_heavy() -> None:
         "print(*{'torch', 'transformers', 'numpy'} & set(sys.modules))"
     )
     assert subprocess.check_output([sys.executable, "-c", program], text=True).split() == []
+
+
+PACKAGE = Path(fx.__file__).parent
+
+
+def names_tested(source: str) -> Iterator[int]:
+    """Lines with a comparison with a method's name, or a collection that lists several of them by hand."""
+
+    def named(node: ast.AST | None) -> bool:
+        return isinstance(node, ast.Constant) and node.value in NAMES
+
+    for node in ast.walk(ast.parse(source)):
+        entries: list[ast.expr] = []
+        if isinstance(node, ast.Compare):
+            for part in (node.left, *node.comparators):
+                entries += part.elts if isinstance(part, ast.Tuple | ast.List | ast.Set) else [part]
+            if any(map(named, entries)):
+                yield node.lineno
+        elif isinstance(node, ast.Tuple | ast.List | ast.Set | ast.Dict):
+            listed = node.keys if isinstance(node, ast.Dict) else node.elts
+            if sum(map(named, listed)) > 1:
+                yield node.lineno
+
+
+def test_no_method_is_known_by_name_outside_the_registry() -> None:
+    # The head's evaluation names its predictors, two of which are called as methods are.
+    exempt = {PACKAGE / "methods" / "registry.py", PACKAGE / "fastrm" / "evaluate.py"}
+    paths = [path for path in PACKAGE.rglob("*.py") if path not in exempt]
+    found = [f"{path}:{line}" for path in paths for line in names_tested(path.read_text(encoding="utf-8"))]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'method == "glimpse"',
+        'method in ("chefer", "x")',
+        '("chefer", "glimpse", "x")',
+        '{"chefer": 1, "fastrm": 2}',
+    ],
+)
+def test_a_name_that_is_tested_is_found(source: str) -> None:
+    assert list(names_tested(source)) != []

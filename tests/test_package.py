@@ -108,6 +108,40 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert min(float(seconds) for seconds, *_ in runs) < 0.5
 
 
+PUBLIC = (
+    *(
+        "relevancy_rows",
+        "explain_rows",
+        "Explainer",
+        "Explanation",
+        "load_tiny_lvlm",
+        "FastRM",
+        "LiveMaps",
+        "aggregate",
+    ),
+    *("Aggregator", "GlimpseOptions", "use_backend", "errors.ArgumentError", "review.Policy", "fastrm.stream"),
+    *("families.known", "ops.backends", "ops.relevancy_product", "ops.attention_backward_relevancy"),
+    *("ops.glimpse_statistics", "ops.glimpse_product", "ops.proxy_relevancy"),
+)
+
+
+def test_every_public_name_resolves_on_a_fresh_import() -> None:
+    program = (
+        "import operator, os, sys, torch; import lvlm_fastxai as fx\n"
+        # Each submodule in a process where no other has imported it.
+        "for name in sys.argv[1:]:\n"
+        "    child = os.fork() if '.' in name and not name.startswith('ops.') else 0\n"
+        "    if child:\n"
+        "        assert os.waitpid(child, 0)[1] == 0, name\n"
+        "        continue\n"
+        "    operator.attrgetter(name)(fx)\n"
+        "    if '.' in name and not name.startswith('ops.'): os._exit(0)\n"
+    )
+    names = sorted(PUBLIC, key=lambda name: "." not in name)
+    run = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 def parameters(function: Any) -> list[inspect.Parameter]:
     return [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError
+from ..methods import registry
 from .evaluation import Evaluation
 from .maps import WEIGHTINGS
 from .scores import METRICS, Metric
@@ -65,7 +66,11 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     if words:
         for name in ("pointing", "average_precision", "selectivity"):
             found.append(_by_group(words, methods, name, "By word of a right description", "words"))
-        weighted = [name for name in words["overall"]["methods"] if name in ("glimpse", *WEIGHTINGS)]
+        weighted = [
+            name
+            for name in words["overall"]["methods"]
+            if name in (*registry.names(lambda traits: traits.weighs_tokens), *WEIGHTINGS)
+        ]
         if weighted:
             found.append(_by_group(words, weighted, "weight", "What a word counts for in its answer's map", "words"))
     return found

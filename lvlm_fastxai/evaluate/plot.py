@@ -7,15 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..methods import registry
 from ..tiny import scenes
 from .scores import METRICS
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
-COLORS = {
-    "chefer": "#0072B2",
-    "lvlm_interpret": "#56B4E9",
-    "glimpse": "#D55E00",
-    "raw_attention": "#E69F00",
+COLORS: dict[str, str] = {
+    **{str(traits.name): traits.colour for traits in registry.METHODS.values() if traits.sweeps},
     "gradient_input": "#009E73",
     "chefer_untrained": "#CC79A7",
     "random": "#999999",
