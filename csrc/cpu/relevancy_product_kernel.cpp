@@ -115,7 +115,7 @@ struct ColumnSums {
       : group(rows), weight(row_weight), first_lane(count_lanes() + static_cast<int32_t>(first_key)) {}
 
   inline void add(int r, int v, Floats product) {
-    Floats share = weight[r] * product;
+    Floats share = rounded(weight[r] * product);
     if (kBoundary) {
       // A hidden key gets nothing, not even from a weight that is not finite.
       const Ints key = first_lane + v * kLanes;

@@ -77,6 +77,18 @@ inline float load_one(const T* source) {
   return load(padded)[0];
 }
 
+// The product as it stands alone. A compiler that may contract expressions fuses it with the sum that it is added to in
+// some places and not in others, and the same sum has other last bits there: AVX2's differed between targets that share
+// a gradient and targets that do not.
+inline Floats rounded(Floats product) {
+#if defined(__x86_64__)
+  asm("" : "+x"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+#endif
+  return product;
+}
+
 // Rounded to the nearest, ties to even.
 inline void store_one(float value, float* target) {
   *target = value;
