@@ -63,7 +63,9 @@ def test_the_dense_oracle_computes_the_model_s_own_logits(name: str) -> None:
     model.set_attn_implementation("eager")
     seen = inputs["attention_mask"].bool()
     with torch.no_grad():
-        torch.testing.assert_close(logits[seen], model(**inputs).logits[seen], rtol=1e-5, atol=1e-5)
+        expected = model(**inputs).logits[seen]
+    # Rounding grows with the logits: on a processor without AVX-512, PaliGemma's of 16 differ by 1.3e-5.
+    torch.testing.assert_close(logits[seen], expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
 
 
 # 1. The dense R in fp64 against the swept row.
