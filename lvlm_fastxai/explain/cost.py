@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..choices import Memory, RowTolerance
 from ..methods import registry
 from ..methods._base import GRADIENT_BUDGET_BYTES
+from ..methods.registry import MethodName
 from ..sweep.pruning import plan_sweep
 
 __all__ = ["Estimate", "MachineRates", "estimate_cost", "machine_rates"]
@@ -133,109 +135,158 @@ def estimate_cost(
     prompt_length: int,
     answer_length: int,
     pictures: Tensor | None = None,
-    memory: str = "fast",
-    method: str = "chefer",
-    row_tolerance: float | str = 0.0,
+    memory: Memory = "fast",
+    method: MethodName = "chefer",
+    row_tolerance: RowTolerance = 0.0,
 ) -> Estimate:
-    """Cost of generating and explaining `answer_length` tokens after a prompt of `prompt_length` positions.
+    """Estimate what it costs to generate and explain an answer.
 
     Args:
         model: a transformers image-text-to-text model.
         prompt_length: positions of the prompt, image tokens included.
-        answer_length: answer tokens, each explained.
+        answer_length: tokens of the answer, each of them explained.
         pictures: the processor's pixel_values, (…, channels, h, w) or (patches, values); None: no vision tower runs.
         memory, method, row_tolerance: as in `Explainer`.
+
+    Example:
+        >>> import lvlm_fastxai as fx
+        >>> model, _ = fx.load_tiny_lvlm()
+        >>> estimate_cost(model, prompt_length=160, answer_length=4).sequence_length
+        164
     """
-    text = model.config.get_text_config()
-    layers, width, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
-    head = getattr(text, "head_dim", None) or width // heads
-    groups = getattr(text, "num_key_value_heads", None) or heads
-    middle = getattr(text, "intermediate_size", None) or 4 * width
-    decoder = model.get_decoder()
-    decoder_weights = _weights(decoder, but=decoder.get_input_embeddings())
-    head_weights = _weights(model.get_output_embeddings())
-    vision_weights = max(0, _weights(model, but=model.get_input_embeddings()) - decoder_weights - head_weights)
-    item = torch.empty((), dtype=model.dtype).element_size()
-    total = prompt_length + answer_length
-
-    def attention(length: int) -> float:
-        return 2 * length**2 * heads * head * layers  # 4·S²·d·H, and the causal half of it
-
-    # A FastRM head reads what the generation leaves, in passes over one layer's states: nothing beside the rest.
-    traits = registry.find(method)
-    needs_gradient = traits.needs_gradient
+    sizes, traits, total = _Sizes.of(model), registry.find(method), prompt_length + answer_length
     plan = plan_sweep(
         row_tolerance,
         memory,
         model.dtype,
         total,
-        needs_gradient=needs_gradient,
+        needs_gradient=traits.needs_gradient,
         prunes_by_itself=traits.prunes_by_itself,
     )
-    tried, records = plan.tolerances, plan.records or not traits.sweeps
-    recomputes = records or memory != "fast"
-
-    def forward(length: int, rows: int) -> _Work:
-        products = 2 * decoder_weights * length + 2 * head_weights * rows
-        return _Work(products + attention(length), calls=layers * CALLS_PER_LAYER)
-
-    patches, vision_layers = _patches(model.config, pictures)
-    vision = _Work(2 * vision_weights * patches, calls=vision_layers * CALLS_PER_LAYER)
-    step = _Work(0.0, (decoder_weights + head_weights) * item, layers * CALLS_PER_LAYER + CALLS_PER_STEP)
+    # A FastRM head reads what the generation leaves, in passes over one layer's states: nothing beside the rest.
+    records = plan.records or not traits.sweeps
+    vision = sizes.vision(model.config, pictures)
     backward = _Work()
-    if needs_gradient:
-        # Products with the frozen weights, flash attention's backward, and the method's own products.
+    if traits.needs_gradient:
         passes = ATTENTION_BACKWARD + traits.attention_passes
-        products = 2 * decoder_weights * total + passes * attention(total)
-        whole = _Work(products, calls=layers * BACKWARD_CALLS_PER_LAYER) * answer_length
-        # "auto" may try in vain; at most, all of its attempts are made.
-        for tolerance in tried:
-            if tolerance == 0:
-                backward += whole + forward(total, 0) if recomputes else whole
-                continue
-            # Each target recomputes its own rows; keys and values are computed for all rows once, and every target's
-            # gradient goes through them.
-            of_rows = (whole + forward(total, 0) * answer_length) * _rows_kept(tolerance)
-            keys = _Work(4 * layers * width * groups * head * total, calls=layers * CALLS_PER_LAYER)
-            backward += of_rows + keys * (answer_length + 1)
+        backward = sizes.backward(total, answer_length, passes, plan.tolerances, recomputes=records or memory != "fast")
     work = {
         "vision": vision,
-        "prompt": forward(prompt_length, 1),
-        "answer": step * (answer_length - 1),
-        "forward": _Work() if records else vision + forward(total, answer_length),
+        "prompt": sizes.forward(prompt_length, 1),
+        "answer": sizes.step() * (answer_length - 1),
+        "forward": _Work() if records else vision + sizes.forward(total, answer_length),
         "backward": backward,
     }
     rates = machine_rates(model.device, model.dtype)
     parts = {name: part.seconds(rates) for name, part in work.items()}
-
-    # What one layer keeps for its backward: residuals and normalised states, queries, keys, values and the attention's
-    # output, the MLP's three inner states. Linear layers with frozen weights keep nothing of their own.
-    of_layer = total * (8 * width + 2 * (heads + groups) * head + 3 * middle) * item
-    # A recomputed layer stands beside its own temporaries.
-    kept = {
-        "fast": layers * of_layer,
-        "lean": layers * total * width * item + 2 * of_layer,
-        "min": 2 * of_layer,
-    }[memory]
-    if tried != (0.0,):
-        inputs = 0 if memory == "min" else layers * total * width * item
-        # Keys and values with the normalised states that their graph starts from; of all layers in fast mode.
-        keys_of_layer = total * (2 * width + 2 * groups * head) * item
-        # Targets go through a layer in groups with no more rows than it has.
-        kept = inputs + keys_of_layer * (layers if memory == "fast" else 1) + 2 * of_layer
-    targets = answer_length if needs_gradient else 0
-    # Per target: the gradient above and below a layer, its dO, and the copy of all dO that the kernel reads.
-    held = min(2 * targets * total * width * item, GRADIENT_BUDGET_BYTES) + 2 * targets * total * heads * head * item
-    transient = 2 * total * (2 * middle + 4 * width) * item
-    explaining = kept + held + transient + answer_length * text.vocab_size * 4
-    generating = 2 * layers * groups * head * total * item + transient + text.vocab_size * 4
+    explaining = sizes.kept(total, memory, pruned=plan.tolerances != (0.0,))
+    explaining += sizes.held(total, answer_length if traits.needs_gradient else 0)
+    explaining += sizes.transient(total) + answer_length * sizes.vocabulary * 4
     return Estimate(
         seconds=sum(parts.values()),
-        bytes=int(max(explaining, generating)),
+        bytes=int(max(explaining, sizes.generating(total))),
         parts=parts,
         operations=sum(part.operations for part in work.values()),
         sequence_length=total,
     )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """A model's sizes, and what its passes cost; `item`: bytes of a number, `middle`: width inside the MLP."""
+
+    layers: int
+    width: int
+    heads: int
+    groups: int
+    head: int
+    middle: int
+    vocabulary: int
+    item: int
+    decoder_weights: int
+    head_weights: int
+    vision_weights: int
+
+    @classmethod
+    def of(cls, model: Any) -> _Sizes:
+        text, decoder = model.config.get_text_config(), model.get_decoder()
+        decoder_weights = _weights(decoder, but=decoder.get_input_embeddings())
+        head_weights = _weights(model.get_output_embeddings())
+        return cls(
+            layers=text.num_hidden_layers,
+            width=text.hidden_size,
+            heads=text.num_attention_heads,
+            groups=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+            head=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            middle=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            vocabulary=text.vocab_size,
+            item=torch.empty((), dtype=model.dtype).element_size(),
+            decoder_weights=decoder_weights,
+            head_weights=head_weights,
+            vision_weights=max(0, _weights(model, but=model.get_input_embeddings()) - decoder_weights - head_weights),
+        )
+
+    def attention(self, length: int) -> float:
+        return 2 * length**2 * self.heads * self.head * self.layers  # 4·S²·d·H, and the causal half of it
+
+    def forward(self, length: int, rows: int) -> _Work:
+        products = 2 * self.decoder_weights * length + 2 * self.head_weights * rows
+        return _Work(products + self.attention(length), calls=self.layers * CALLS_PER_LAYER)
+
+    def vision(self, config: Any, pictures: Tensor | None) -> _Work:
+        patches, layers = _patches(config, pictures)
+        return _Work(2 * self.vision_weights * patches, calls=layers * CALLS_PER_LAYER)
+
+    def step(self) -> _Work:
+        """One step of ``generate()``: every weight is read for one row."""
+        read = (self.decoder_weights + self.head_weights) * self.item
+        return _Work(0.0, read, self.layers * CALLS_PER_LAYER + CALLS_PER_STEP)
+
+    def backward(
+        self, total: int, targets: int, passes: float, tolerances: tuple[float, ...], *, recomputes: bool
+    ) -> _Work:
+        """All targets' way down; `passes` of attention: flash attention's own backward, and the method's products."""
+        products = 2 * self.decoder_weights * total + passes * self.attention(total)
+        whole = _Work(products, calls=self.layers * BACKWARD_CALLS_PER_LAYER) * targets
+        work = _Work()
+        # "auto" may try in vain; at most, all of its attempts are made.
+        for tolerance in tolerances:
+            if tolerance == 0:
+                work += whole + self.forward(total, 0) if recomputes else whole
+                continue
+            # Each target recomputes its own rows; keys and values are computed for all rows once, and every target's
+            # gradient goes through them.
+            of_rows = (whole + self.forward(total, 0) * targets) * _rows_kept(tolerance)
+            keys = 4 * self.layers * self.width * self.groups * self.head * total
+            work += of_rows + _Work(keys, calls=self.layers * CALLS_PER_LAYER) * (targets + 1)
+        return work
+
+    def kept(self, total: int, memory: Memory, *, pruned: bool) -> int:
+        """Bytes that stand from the forward to the last layer of the way down."""
+        # What one layer keeps for its backward: residuals and normalised states, queries, keys, values and the
+        # attention's output, the MLP's three inner states. Linear layers with frozen weights keep nothing of their own.
+        attention = 2 * (self.heads + self.groups) * self.head
+        of_layer = total * (8 * self.width + attention + 3 * self.middle) * self.item
+        inputs = 0 if memory == "min" else self.layers * total * self.width * self.item
+        # A recomputed layer stands beside its own temporaries.
+        if pruned:
+            # Keys and values with the normalised states that their graph starts from; of all layers in fast mode.
+            keys_of_layer = total * (2 * self.width + 2 * self.groups * self.head) * self.item
+            # Targets go through a layer in groups with no more rows than it has.
+            return inputs + keys_of_layer * (self.layers if memory == "fast" else 1) + 2 * of_layer
+        return self.layers * of_layer if memory == "fast" else inputs + 2 * of_layer
+
+    def held(self, total: int, targets: int) -> int:
+        """Bytes per target: the gradient above and below a layer, its dO, and the copy of all dO that kernels read."""
+        gradients = min(2 * targets * total * self.width * self.item, GRADIENT_BUDGET_BYTES)
+        return gradients + 2 * targets * total * self.heads * self.head * self.item
+
+    def transient(self, total: int) -> int:
+        return 2 * total * (2 * self.middle + 4 * self.width) * self.item
+
+    def generating(self, total: int) -> int:
+        cache = 2 * self.layers * self.groups * self.head * total * self.item
+        return cache + self.transient(total) + self.vocabulary * 4
 
 
 def _rows_kept(tolerance: float) -> float:
