@@ -13,7 +13,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_model_arguments(parser: Any, *, model: str = "checkpoint folder (default: the shipped LVLM)") -> None:
-    """Declare ``--model``, ``--device`` and ``--dtype``, the arguments of `models.checkpoint.load_checkpoint`.
+    """Declare ``--model``, ``--device``, ``--dtype`` and ``--trust-remote-code``, what `load_checkpoint` takes.
 
     Args:
         parser: argparse's, or a group of one.
@@ -24,6 +24,8 @@ def add_model_arguments(parser: Any, *, model: str = "checkpoint folder (default
     parser.add_argument("--device", type=_device, default="cpu", metavar="DEVICE", help=device)
     dtype = "weights and computation (default: as stored in the checkpoint)"
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help=dtype)
+    code = "run Python code that lies in the checkpoint's folder, which can do all that you can (default: refuse)"
+    parser.add_argument("--trust-remote-code", action="store_true", help=code)
 
 
 def _device(text: str) -> str:

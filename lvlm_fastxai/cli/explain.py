@@ -300,7 +300,7 @@ def _explainer(args: argparse.Namespace) -> Explainer:
 
     folder = _head(args)
     head = None if folder is None else FastRM.from_pretrained(folder)
-    model, processor, _ = load_checkpoint(args.model, args.device, args.dtype)
+    model, processor, _ = load_checkpoint(args.model, args.device, args.dtype, trust_remote_code=args.trust_remote_code)
     return Explainer(
         model,
         processor,

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``lvlm-fastxai evaluate``."""
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the shipped LVLM)")
+    add("--trust-remote-code", action="store_true", help="run Python code that lies in the checkpoint's folder")
     add("--scenes", type=int, default=SCENES, metavar="N", help="held-out scenes (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="picks the scenes (default: %(default)s)")
     add("--methods", default=",".join(METHODS), metavar="A,B", help=f"some of {', '.join(METHODS)} (default: all)")
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     folder = prepare_directory(args.out)
     if args.document is not None:
         output.check_document(args.document)  # before minutes of work, not after
-    model, processor, source = load_checkpoint(args.model)
+    model, processor, source = load_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
     say(
         f"{settings.scenes} held-out scenes, up to ten questions each; maps by {', '.join(settings.methods)}; "
         f"descriptions of {settings.descriptions}; deletion and insertion for {settings.curves} and "

@@ -384,7 +384,7 @@ def run_build(args: argparse.Namespace) -> int:
     source = open_source(args.source)
     state = join_processes(args.device.partition(":")[0])
     device = own_device(args.device, state)
-    model, processor, _ = load_checkpoint(args.model, device, args.dtype)
+    model, processor, _ = load_checkpoint(args.model, device, args.dtype, trust_remote_code=args.trust_remote_code)
     with Bars(unit="sample", shown=state.is_main_process, anywhere=True) as bars:
         built = build_maps(
             model,

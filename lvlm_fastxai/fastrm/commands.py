@@ -166,7 +166,9 @@ def _run_train(args: argparse.Namespace) -> int:
     state = join_processes(args.device.partition(":")[0])
     folder = agree(state, lambda: prepare_directory(args.out))
     sources = [open_source(spec) for spec in args.source]
-    model, processor, _ = load_checkpoint(args.model, own_device(args.device, state), args.dtype)
+    model, processor, _ = load_checkpoint(
+        args.model, own_device(args.device, state), args.dtype, trust_remote_code=args.trust_remote_code
+    )
     own = fingerprint(model)
     with Bars(shown=state.is_main_process, leave=False) as bars:
         folders = [_maps_of(spec, folder, sources, model, processor, bars) for spec in args.maps]
@@ -226,7 +228,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
         raise ArgumentError(f"--resamples: expected at least 1, got {args.resamples}")
     head = FastRM.from_pretrained(args.head)
     sources = [open_source(spec) for spec in args.source]
-    model, processor, _ = load_checkpoint(args.model, args.device, args.dtype)
+    model, processor, _ = load_checkpoint(args.model, args.device, args.dtype, trust_remote_code=args.trust_remote_code)
     head.check_model(model)
     head.to(args.device)
     own = fingerprint(model)

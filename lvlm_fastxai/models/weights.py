@@ -1,4 +1,4 @@
-"""A model's weights from a folder, all of them."""
+"""A model's weights from a folder: all of them, or an error."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from typing import Any
 from ..errors import ArgumentError
 
 
-def load_weights(model_class: Any, folder: Path, dtype: Any) -> Any:
-    """The model in ``folder`` by ``model_class.from_pretrained``, which only warns of weights that it draws at random.
+def load_weights(model_class: Any, folder: Path, dtype: Any, *, trust_remote_code: bool = False) -> Any:
+    """Load a model, and refuse a checkpoint that lacks weights, which transformers would draw at random.
+
+    Args:
+        model_class: whose ``from_pretrained`` is called.
+        folder: as ``save_pretrained`` writes it.
+        dtype: torch dtype, or "auto".
+        trust_remote_code: run Python code that lies in the folder, if the checkpoint names it.
 
     Raises:
         ArgumentError: weights of the model are not in the checkpoint; the message names one.
     """
-    model, found = model_class.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    model, found = model_class.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=trust_remote_code, output_loading_info=True
+    )
     missing = sorted(found["missing_keys"])
     if missing:
         raise ArgumentError(

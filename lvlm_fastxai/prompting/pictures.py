@@ -123,7 +123,7 @@ def _to_rgb(picture: Image.Image, argument: str) -> Image.Image:
     _check_size(*picture.size, argument)
     picture.load()
     picture = _upright(picture)
-    if picture.mode.startswith("I") or (picture.mode == "F" and picture.getextrema()[1] <= 1):  # else in 0 … 255
+    if picture.mode.startswith("I") or (picture.mode == "F" and np.asarray(picture).max() <= 1):  # else in 0 … 255
         picture = Image.fromarray(_to_8_bits(np.asarray(picture), argument))
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")

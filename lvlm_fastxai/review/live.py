@@ -58,7 +58,9 @@ class Live:
 
             args = self._args
             head = FastRM.from_pretrained(args.head)
-            model, processor, _ = load_checkpoint(args.model, args.device, args.dtype)
+            model, processor, _ = load_checkpoint(
+                args.model, args.device, args.dtype, trust_remote_code=args.trust_remote_code
+            )
             head.check_model(model)
             self._identity = Identity(model_name(model), fingerprint(model), head.fingerprint)
             self._loaded = model, processor, head
