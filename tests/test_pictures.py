@@ -161,12 +161,12 @@ def test_what_a_file_is_decides_not_its_name(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(subprocess, "Popen", lambda *command, **_: started.append(command))
     path = tmp_path / "innocent.png"
     path.write_bytes(encoded(noise(), "EPS"))
-    with pytest.raises(ArgumentError, match=rf"innocent.png' as a picture: it is none of {', '.join(FORMATS)}$"):
+    with pytest.raises(ArgumentError, match=rf"innocent.png' .*: expected {', '.join(FORMATS[:-1])} or WEBP$"):
         load_picture(path)
     assert not started
     (tmp_path / "photo.eps").write_bytes(encoded(noise()))
     same(load_picture(tmp_path / "photo.eps"), noise())
-    with pytest.raises(ArgumentError, match=r"^upload: .*none of JPEG, WEBP$"):
+    with pytest.raises(ArgumentError, match=r"^upload: .*expected JPEG or WEBP$"):
         load_picture(encoded(noise()), argument="upload", formats=("JPEG", "WEBP"))
 
 
@@ -218,7 +218,7 @@ def test_names_that_cannot_be_printed_are_spelled_out(name: str, shown: str, tmp
     [
         (".", "cannot read '.' as a picture: Is a directory"),
         ("a\0b", "cannot read"),
-        (b"", "cannot read the bytes as a picture: it is none of"),
+        (b"", "cannot read the bytes as a picture: expected AVIF"),
         (io.StringIO("text"), "cannot read the StringIO"),
         (None, "expected a path"),
         (np.zeros((4, 4), np.int64), "got ndarray of shape .*int64"),

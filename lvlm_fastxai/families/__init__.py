@@ -1,7 +1,7 @@
 """Where image tokens stand in the prompt, per model family: data, no model is ever run.
 
 A family is one file in this package that defines `FAMILY = Family(model_types, image_token, layout)`; it is found by
-itself. Layout rules live in `_layouts.py`.
+itself. Layout rules live in `_layouts`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def find(config: Any) -> Family:
         f"model type {model_type!r} has no image grid here (known: {', '.join(sorted(known()))}). Missing are "
         f"(1) the image token id: the configuration attribute that holds it "
         f"({f'probably {token!r}' if token else 'none of the usual names is there'}), "
-        f"(2) the patch grid: a layout rule of lvlm_fastxai/families/_layouts.py and its parameters. Add both as "
+        f"(2) the patch grid: a layout rule of lvlm_fastxai/families/_layouts and its parameters. Add both as "
         f"lvlm_fastxai/families/{str(model_type).replace('-', '_')}.py: "
         f"FAMILY = Family(model_types=({model_type!r},), image_token=…, layout=…)"
     )

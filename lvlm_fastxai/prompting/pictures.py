@@ -116,7 +116,7 @@ def _open(file: Any, formats: Sequence[str]) -> Image.Image:
             return factory(file, "")
         except (SyntaxError, IndexError, TypeError, KeyError, EOFError) as error:
             raise ValueError(f"damaged {name}: {one_line(error)}") from error
-    raise ValueError(f"it is none of {', '.join(formats)}")
+    raise ValueError(f"expected {', '.join(formats[:-1])} or {formats[-1]}")
 
 
 def _to_rgb(picture: Image.Image, argument: str) -> Image.Image:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from flask import Request
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, one_line
 from ..prompting.pictures import load_picture
 from .features import FEATURES
 from .items import Record
@@ -21,8 +21,6 @@ __all__ = ["BODY_MOST", "UPLOAD_MOST", "read_decision", "read_text", "read_uploa
 
 BODY_MOST = 64 * 1024
 UPLOAD_MOST = 20 * 1024 * 1024
-PIXELS_MOST = 40_000_000
-SIDE_MOST = 16_384
 TEXT_MOST = {"question": 4000, "answer": 20_000, "note": 4000, "reviewer": 200, "reason": 4000, "sample_id": 400}
 UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP")
 
@@ -122,18 +120,10 @@ def _share(form: Mapping[str, str], name: str) -> float | None:
 
 def _uploaded_picture(content: bytes) -> Image.Image:
     """Return the pixels of an uploaded file and nothing else of it."""
-    expected = f"picture: expected a {', '.join(UPLOAD_FORMATS[:-1])} or {UPLOAD_FORMATS[-1]} file"
+    picture = load_picture(content, argument="picture", formats=UPLOAD_FORMATS)
     try:
-        with Image.open(io.BytesIO(content), formats=UPLOAD_FORMATS) as probe:
-            width, height = probe.size  # from its header: nothing is decoded yet
-            if max(width, height) > SIDE_MOST or width * height > PIXELS_MOST:
-                raise ArgumentError(f"picture: at most {PIXELS_MOST / 1e6:.0f} megapixels, got {width} × {height}")
-            probe.verify()
-        with Image.open(io.BytesIO(content), formats=UPLOAD_FORMATS) as opened:
-            opened.load()
-            return load_picture(ImageOps.exif_transpose(opened))
-    except ArgumentError:
-        raise
-    # Decoders raise what they like on damaged files.
-    except Exception as error:
-        raise ArgumentError(f"{expected} that can be read") from error
+        with Image.open(io.BytesIO(content), formats=UPLOAD_FORMATS) as file:
+            file.verify()  # a file that is cut may still hold all of its pixels
+    except Exception as error:  # Decoders raise what they like on damaged files.
+        raise ArgumentError(f"picture: the file is damaged: {one_line(error)}") from error
+    return picture

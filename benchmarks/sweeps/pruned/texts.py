@@ -59,13 +59,14 @@ TWO_TEXTS = {name: TEXTS[name] for name in ("documentation", "engine")}
 
 _HOUSE = ("docs/architecture.md", "docs/extending.md", "CHANGELOG.md")
 _KERNEL = ("csrc/cpu/relevancy_product_kernel.cpp",)
-_ORACLE = ("tests/oracle.py", "tests/test_oracles.py")
+_ORACLE = ("tests/support/oracle.py", "tests/test_oracles.py")
+_LAYOUTS = ("image", "prompt", "rule", "grids", "any_resolution", "tiles", "pooled")
 CALIBRATION_TEXTS = {
     "house": Text("prose", _HOUSE),
     "extending": Text("prose", _HOUSE[1:] + _HOUSE[:1]),
     "changes": Text("prose", _HOUSE[2:] + _HOUSE[:2]),
     "scenes": Text("code", ("lvlm_fastxai/tiny/scenes.py",)),
-    "layouts": Text("code", ("lvlm_fastxai/families/_layouts.py",)),
+    "layouts": Text("code", tuple(f"lvlm_fastxai/families/_layouts/{name}.py" for name in _LAYOUTS)),
     "kernel": Text("code", _KERNEL),
     "oracle": Text("code", _ORACLE),
 }
