@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.browser import driver as driver
 from support.cases import BACKENDS
 
 

@@ -13,26 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.commands import compiler, run
 
 from lvlm_fastxai import _native, info
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE_SOURCES = Path(__file__).with_name("native")
 native = pytest.mark.skipif(_native.load() is not None, reason=f"native library: {_native.load()}")
-
-
-def compiler(*names: str) -> str:
-    for name in names:
-        found = shutil.which(name)
-        if found:
-            return found
-    pytest.skip(f"none of {', '.join(names)} is installed")
-
-
-def run(command: list[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
-    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)  # type: ignore[call-overload]
-    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
-    return finished
 
 
 def copy_of_sources(target: Path) -> Path:

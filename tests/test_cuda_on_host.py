@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from support.cases import DTYPES, LAYOUTS, Case, as_view, logsumexp, make_case, relative_error
-from test_build import compiler, run
+from support.commands import compiler, run
 from torch import Tensor
 
 from lvlm_fastxai import ops

@@ -29,7 +29,7 @@ from support.models import (
     make_sample,
     picture,
 )
-from test_oracles import NoSquare
+from support.rows import NoSquare
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import models, oracle
 from support.oracle import Target
-from test_oracles import MEMORY, cast, errors, some_targets
+from support.rows import MEMORY, cast, errors, some_targets
 from torch import Tensor
 
 import lvlm_fastxai as fx

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import answer_targets, build
-from test_sweep import fingerprint, put_to_use
+from support.state import fingerprint, put_to_use
 from torch import nn
 
 import lvlm_fastxai as fx

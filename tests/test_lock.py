@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import answer_targets, build
-from test_sweep import assert_same, fingerprint, put_to_use
+from support.state import assert_same, fingerprint, put_to_use
 from torch import Tensor, nn
 
 import lvlm_fastxai as fx

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from support import models, oracle
-from test_oracles import (
+from support.rows import (
     LENGTH,
     MEMORY,
     NoSquare,
@@ -28,7 +28,7 @@ from test_oracles import (
     long_batch,
     some_targets,
 )
-from test_sweep import Stop, assert_same, fingerprint, in_two_threads, put_to_use
+from support.state import Stop, assert_same, fingerprint, in_two_threads, put_to_use
 from torch import Tensor, nn
 
 import lvlm_fastxai as fx

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import models, oracle
-from test_sweep import assert_same, fingerprint
+from support.state import assert_same, fingerprint
 from torch import Tensor, nn
 
 import lvlm_fastxai as fx

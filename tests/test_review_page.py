@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import CONTRAST, driver  # noqa: F401
-from test_review_server import HOSTILE, picture, png, record
+from support.answers import HOSTILE, picture, png, record
+from support.browser import CONTRAST
 
 from lvlm_fastxai.review import Decision, Policy, Queue, Record, server
 
@@ -33,7 +33,7 @@ def queue(tmp_path: Path) -> Iterator[Queue]:
 
 
 @pytest.fixture
-def open_page(driver: Any, queue: Queue) -> Iterator[Open]:  # noqa: F811
+def open_page(driver: Any, queue: Queue) -> Iterator[Open]:
     """Serves the queue and opens it; afterwards nothing may have been asked of others or written to the console."""
     app = server.create_app(queue.path)
     serving = make_server("127.0.0.1", 0, app, threaded=True)

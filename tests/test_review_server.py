@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support.answers import picture, png, record
 
 from lvlm_fastxai.errors import ArgumentError
 from lvlm_fastxai.explain.report.colormap import OPACITY_FLOOR, colours
@@ -29,30 +30,7 @@ from lvlm_fastxai.review import server, site  # noqa: E402
 from lvlm_fastxai.review.bodies import UPLOAD_MOST  # noqa: E402
 from lvlm_fastxai.review.overlay import overlay  # noqa: E402
 
-HOSTILE = "</script><img src=x onerror=alert(1)>\"'&{{token}}"
 SERVICE = "a token of another service"
-
-
-def picture(number: int = 0, size: tuple[int, int] = (60, 40)) -> Image.Image:
-    """A dark square on a bright ground, elsewhere for each number."""
-    pixels = np.full((size[1], size[0], 3), 230, np.uint8)
-    top, left = 4 + 5 * (number % 4), 6 + 9 * (number % 5)
-    pixels[top : top + 14, left : left + 14] = (40, 60 + 30 * (number % 5), 160)
-    return Image.fromarray(pixels)
-
-
-def record(number: int, **changes: Any) -> Record:
-    image_map = np.full((4, 6), 0.05, np.float32)
-    image_map[1, number % 6] = 1.0
-    values: dict[str, Any] = {
-        "question": f"what is in picture {number}?",
-        "answer": f"a square {number}",
-        "features": {"entropy": 0.5, "probability": 0.25},
-        "image_map": image_map,
-        "model_name": "a model",
-        "sample_id": f"sample-{number}",
-    }
-    return Record(picture(number), **values | changes)
 
 
 @pytest.fixture
@@ -114,12 +92,6 @@ def upload(client: Any, headers: dict[str, str] | None = None, **form: Any) -> A
         if value is not None
     }  # fmt: skip
     return client.post("/items", data=data, headers=headers, content_type="multipart/form-data")
-
-
-def png(size: tuple[int, int] = (60, 40), kind: str = "PNG", **options: Any) -> bytes:
-    stream = io.BytesIO()
-    picture(0, size).save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def test_page_is_whole_and_refers_to_nothing_outside(client):

@@ -19,7 +19,7 @@ import torch
 import transformers
 from PIL import Image
 from support import models, oracle
-from test_sweep import assert_same, fingerprint
+from support.state import assert_same, fingerprint
 from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode

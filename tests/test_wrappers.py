@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import answer_targets, build
-from test_sweep import assert_same, fingerprint
+from support.state import assert_same, fingerprint
 from torch import nn
 
 import lvlm_fastxai as fx
