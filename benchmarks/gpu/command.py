@@ -84,8 +84,8 @@ def run_steps(args: argparse.Namespace, every: Sequence[Step]) -> int:
     until = time.monotonic() + args.seconds
     try:
         head, device = find_device(args.device)
-    except Failure as reason:
-        print(reason)
+    except Failure as failure:
+        print(failure)
         return 1
     rehearse = args.rehearse or device == "cpu"
     head |= {"commit": args.commit or head["commit"], "rehearsal": rehearse}

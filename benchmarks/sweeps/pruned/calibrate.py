@@ -15,7 +15,7 @@ from ...common.results import Point, as_points, as_table, load_parts
 from ...models.smollm2 import load_smollm2
 from . import cases, texts
 from .descents import bar, exact_rows, opened, points_of
-from .texts import Reader
+from .texts import Question, Reader, Text
 
 CALIBRATION_TOLERANCES = (0.01, 0.02, 0.05, 0.1, 0.2)
 HELD_OUT_TOLERANCES = (0.015, 0.03, 0.07, 0.15, 0.3)
@@ -53,8 +53,8 @@ def check_calibration(args: argparse.Namespace) -> None:
 class Side:
     """The cases of one side; no file, length, ε or picture is on both."""
 
-    texts: Mapping[str, texts.Text]
-    questions: Mapping[str, texts.Question]
+    texts: Mapping[str, Text]
+    questions: Mapping[str, Question]
     lengths: Sequence[int]
     tolerances: Sequence[float]
     pictures: Iterator[tuple[Any, Any]]

@@ -41,7 +41,7 @@ class Descents:
         found, seen = self._method.certificate, self._method.targets.query_rows[number] + 1
         kept = found.rows_kept[number].clamp(max=seen).double().mean().item()
         dropped, estimate = found.dropped[number].mean().item(), found.error[number].item()
-        missing_factor, dropped_factor = self._method.estimate
+        missing_factor, dropped_factor = self._method.traits.error_factors
         missing = max(0.0, (estimate - dropped_factor * dropped) / missing_factor)
         return {"kept": kept / seen, "rows": kept, "missing": missing, "dropped": dropped}
 
@@ -110,7 +110,7 @@ def described(case: Case, number: int) -> Point:
     return {"case": case.name, "kind": case.kind, "columns": case.columns, "row": case.targets[number][1]}
 
 
-def half_points(half: Any, case: Case, exact: Tensor, method: str) -> list[Point]:
+def half_points(half: Any, case: Case, exact: Tensor, method: str = "chefer") -> list[Point]:
     """Measure what dense bf16 loses, one point per target. ``half`` is the model in bf16."""
     return [
         {**described(case, number), **compare(row, exact[number], case.targets[number][1])}
