@@ -28,6 +28,7 @@ from torch import nn
 import lvlm_fastxai as fx
 from lvlm_fastxai.models.guard import Undo, shielded
 from lvlm_fastxai.models.lock import holding
+from lvlm_fastxai.prompting.answers import Evaluating
 from lvlm_fastxai.sweep.recording import Recorder
 from lvlm_fastxai.sweep.tape import current_tape
 
@@ -102,12 +103,17 @@ def runs(model: nn.Module, inputs: dict[str, Any]) -> list[Run]:
         with Recorder(model), torch.no_grad():
             model(**inputs)
 
+    def ask() -> None:
+        with Evaluating(model), torch.no_grad():
+            model(**inputs)
+
     return [
         explain(),
         explain(memory="lean", row_tolerance=0.3),
         explain(memory="min"),
         explain(method="glimpse"),
         record,
+        ask,
     ]
 
 

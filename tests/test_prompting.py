@@ -131,13 +131,22 @@ def test_special_tokens_of_a_source_are_refused_with_their_sample(
     shared: Any, processor: Any, picture: Image.Image, tmp_path: Path
 ) -> None:
     picture.save(tmp_path / "picture.png")
-    for line, settings in (
-        ('{"image": "picture.png", "question": "what? <eos>", "id": "seven"}', {}),
-        ('{"image": "picture.png", "question": "what?", "answer": "<image>", "id": "seven"}', {"answers": "reference"}),
-        ('{"image": "picture.png", "question": "\\\\ud800?", "id": "seven"}'.replace("\\\\", "\\"), {}),
+    for line, where, settings in (
+        ('{"image": "picture.png", "question": "what? <eos>", "id": "seven"}', "sample seven", {}),
+        (
+            '{"image": "picture.png", "question": "what?", "answer": "<image>", "id": "seven"}',
+            "sample seven",
+            {"answers": "reference"},
+        ),
+        # The source itself refuses half a character, and names the line.
+        (
+            '{"image": "picture.png", "question": "\\\\ud800?", "id": "seven"}'.replace("\\\\", "\\"),
+            "line 1.*surrogate",
+            {},
+        ),
     ):
         (tmp_path / "source.jsonl").write_text(line)
-        with pytest.raises(ArgumentError, match="sample seven") as caught:
+        with pytest.raises(ArgumentError, match=where) as caught:
             build_maps(shared, processor, open_source(str(tmp_path / "source.jsonl")), tmp_path / "maps", **settings)
         assert "\n" not in str(caught.value)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from .. import families
 from ..errors import ArgumentError
+from ..models.guard import Guard, shielded
 from .inputs import accepted
 
 
@@ -56,7 +57,7 @@ def generate(
     *,
     ends: frozenset[int],
     keep_logits: bool = False,
-    recorder: contextlib.AbstractContextManager[Any] | None = None,
+    recorder: AbstractContextManager[Any] | None = None,
     streamer: Any = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
@@ -93,7 +94,7 @@ def generate(
 
     progress(0, max_new_tokens)
     # Recorded tensors start a graph later on, so they must not be inference tensors.
-    with recorder or evaluating(model), torch.no_grad():
+    with recorder or Evaluating(model), torch.no_grad():
         output = model.generate(
             **accepted(model, inputs),
             max_new_tokens=max_new_tokens,
@@ -123,17 +124,35 @@ def _cut(tokens: list[int], logits: Tensor | None, ends: frozenset[int]) -> Answ
     return Answer(kept, length < len(tokens), probabilities, logits)
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, each module's own mode again afterwards."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
+class Evaluating:
+    """Evaluation mode inside a ``with`` block, each module's own mode again afterwards, also after Ctrl-C.
+
+    Args:
+        model: it is held meanwhile: other threads that want it wait.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._guard = Guard(model)
+
+    def __enter__(self) -> None:
+        try:
+            self._guard.open()
+            self._evaluate()
+        except BaseException:
+            self._guard.close()
+            raise
+
+    @shielded
+    def _evaluate(self) -> None:
+        for module in self._model.modules():
+            if module.training:
+                self._guard.on_close(setattr, module, "training", True)
+                module.training = False
+
+    @shielded
+    def __exit__(self, *exception: object) -> None:
+        self._guard.close()
 
 
 def same_answer(answer: str, reference: str) -> bool:
