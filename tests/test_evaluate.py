@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-from lvlm_fastxai import evaluate as command
 from lvlm_fastxai import families
 from lvlm_fastxai.errors import ArgumentError, FastXAIError
+from lvlm_fastxai.evaluate import commands as command
 from lvlm_fastxai.evaluate import curves, evaluation, maps, output, plot
 from lvlm_fastxai.evaluate.bootstrap import ClusterBootstrap
 from lvlm_fastxai.evaluate.cases import Case, held_out_cases, held_out_descriptions
+from lvlm_fastxai.evaluate.defaults import METHODS
 from lvlm_fastxai.evaluate.metrics import (
     area_under_curve,
     average_precision,
@@ -617,13 +618,13 @@ def test_command_writes_everything(checkpoint: Path, tmp_path: Path, capsys: pyt
     assert questions["accuracy"]["overall"] == {"correct": len(asked), "questions": len(asked)}
     overall = questions["summary"]["correct"]["overall"]
     assert overall["maps"] == len(scored) and overall["scenes"] == 2
-    assert list(overall["methods"]) == list(command.METHODS)
+    assert list(overall["methods"]) == list(METHODS)
     check_summary(overall, "chefer", curves=6)
 
     described = held_out_descriptions(3, 5)
     answers = result["whole_answers"]["summary"]["correct"]["overall"]
     assert answers["maps"] == len(described) > 1
-    assert list(answers["methods"]) == [*command.METHODS, *maps.ABLATIONS]
+    assert list(answers["methods"]) == [*METHODS, *maps.ABLATIONS]
     check_summary(answers, "glimpse", curves=min(3, len(described)))
     distances = {name: entry["distance"]["mean"] for name, entry in answers["methods"].items()}
     assert distances["glimpse"] == 0 and all(value > 0 for name, value in distances.items() if name != "glimpse")
@@ -643,11 +644,11 @@ def test_command_writes_everything(checkpoint: Path, tmp_path: Path, capsys: pyt
     with (out / "evaluation.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     of_questions = [row for row in rows if row["part"] == "questions"]
-    assert len(of_questions) == len(scored) * len(command.METHODS)
-    assert len(rows) - len(of_questions) == len(described) * (len(command.METHODS) + len(maps.ABLATIONS))
+    assert len(of_questions) == len(scored) * len(METHODS)
+    assert len(rows) - len(of_questions) == len(described) * (len(METHODS) + len(maps.ABLATIONS))
     mean = np.mean([float(row["pointing"]) for row in of_questions if row["method"] == "chefer"])
     assert mean == pytest.approx(overall["methods"]["chefer"]["pointing"]["mean"], abs=1e-5)
-    assert sum(row["deletion"] != "" for row in of_questions) == 6 * len(command.METHODS)
+    assert sum(row["deletion"] != "" for row in of_questions) == 6 * len(METHODS)
 
     text = document.read_text()
     assert text.startswith("Before.\n") and text.endswith("\nAfter.\n") and "old figures" not in text
@@ -769,7 +770,7 @@ def test_importing_the_options_loads_no_torch() -> None:
     import sys
 
     code = (
-        "import argparse, sys; from lvlm_fastxai import evaluate; "
-        "evaluate.add_arguments(argparse.ArgumentParser()); sys.exit('torch' in sys.modules)"
+        "import argparse, sys; from lvlm_fastxai.evaluate import commands; "
+        "commands.add_arguments(argparse.ArgumentParser()); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -77,7 +77,7 @@ COMMANDS = (
         "evaluate",
         "measure how well the maps point at the evidence, on scenes whose evidence is known",
         "lvlm-fastxai evaluate --scenes 20 --methods chefer,raw_attention",
-        "lvlm_fastxai.evaluate",
+        "lvlm_fastxai.evaluate.commands",
     ),
     Command(
         "fastrm",

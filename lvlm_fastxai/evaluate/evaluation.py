@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from ..errors import ArgumentError, FastXAIError
 from ..prompting.answering import Answerer, batched
 from ..tiny import scenes
-from . import CURVES, DESCRIPTIONS, METHODS, SCENES
 from .bootstrap import ClusterBootstrap
 from .cases import Case, held_out_cases, held_out_descriptions
 from .curves import FILLS, FRACTIONS, Curves, deletion_insertion
+from .defaults import CURVES, DESCRIPTIONS, METHODS, SCENES
 from .maps import ABLATED, ABLATIONS, AnswerMaps, compute_maps
 from .metrics import l1_distance
 from .scores import ScoreTable, map_scores

@@ -19,8 +19,8 @@ from ..prompting.answering import Answerer, Inputs, batched
 from ..sweep.descent import Descent
 from ..sweep.forward import Sweep
 from ..sweep.targets import check_targets
-from . import METHODS
 from .cases import Case
+from .defaults import METHODS
 
 Box = tuple[float, float, float, float]
 Target = tuple[int, int, int]

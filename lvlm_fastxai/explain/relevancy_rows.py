@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..choices import Memory, RowTolerance
-from ..errors import ArgumentError
+from ..errors import ArgumentError, UnsupportedModelError
 from ..methods import registry
 from ..methods.registry import MethodName
+from ..models.decoder import unwrap
 from ..sweep.forward import Recording, Sweep
 from ..sweep.pruning import Certificate, plan_sweep
 from ..sweep.targets import check_targets
@@ -171,8 +172,9 @@ def _explain(
     on_rows: Callable[[list[int], Tensor, Tensor], None] | None,
 ) -> RelevancyRows:
     targets = run.targets
-    traits, dtype = run.traits, model.dtype
-    assert isinstance(dtype, torch.dtype)
+    traits, dtype = run.traits, getattr(unwrap(model), "dtype", None)
+    if not isinstance(dtype, torch.dtype):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model with a decoder")
     # Without gradients there is nothing to keep: "lean" drops the activations, and the top layer is run once more.
     memory_of_forward = memory if traits.needs_gradient or memory == "min" else "lean"
     plan = plan_sweep(

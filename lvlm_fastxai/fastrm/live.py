@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from ..errors import ArgumentError
 from ..families import ImageLayout
 from ..models.decoder import find_decoder_layers
 from ..prompting.answers import end_tokens
-from .head import FastRM, Folded, Prediction
+
+if TYPE_CHECKING:
+    from .head import FastRM, Folded, Prediction
 
 
 @dataclass(frozen=True)

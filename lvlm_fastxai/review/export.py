@@ -9,12 +9,16 @@ import secrets
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ArgumentError
 from ..files import check_writable, write_whole
+from .connection import connect, create_private
 from .items import exported
-from .queue import Queue, connect, create_private
 from .schema import check_file
+
+if TYPE_CHECKING:
+    from .queue import Queue
 
 __all__ = ["backup", "write_export"]
 

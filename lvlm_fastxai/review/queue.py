@@ -8,7 +8,6 @@ thought is a further decision, and the latest one counts.
 from __future__ import annotations
 
 import io
-import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -22,9 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import ArgumentError
+from .connection import connect, create_private, make_private
 from .items import STATES, Record, Shown, State, check_text, now, row_of, shown_row
 from .policy import Decision, Policy
-from .schema import BUSY_SECONDS, VERDICTS, check_file, prepare
+from .schema import VERDICTS, check_file, prepare
 
 __all__ = ["Applied", "Queue", "QueueLostError", "StaleDecisionError", "apply"]
 
@@ -33,9 +33,6 @@ Order = Literal["oldest", "newest", "doubtful"]
 _ORDERS = {"oldest": "id", "newest": "id DESC", "doubtful": "score, id"}
 
 WHATEVER = -1
-
-PRIVATE = 0o600
-"""Of the file; SQLite gives its journals the same permissions."""
 
 # One at a time: a file that is opened and closed to create it drops the locks of a connection made meanwhile.
 _OPENING = threading.Lock()
@@ -312,40 +309,6 @@ class Queue:
                 return self._database.execute(query, values).fetchall()
             except (sqlite3.Error, OverflowError) as error:
                 raise ArgumentError(f"queue: cannot read '{self.path}': {error}") from error
-
-
-def create_private(path: Path) -> None:
-    """Make an empty file that its owner alone can read, unless there is one.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, PRIVATE)
-    except FileExistsError:
-        return
-    try:
-        if hasattr(os, "fchmod"):
-            os.fchmod(descriptor, PRIVATE)  # a strict umask leaves the owner less
-    finally:
-        os.close(descriptor)
-
-
-def make_private(path: Path) -> None:
-    """Take the permissions of others from a file of this user's."""
-    found = path.stat()
-    if found.st_mode & 0o077 and hasattr(os, "geteuid") and found.st_uid == os.geteuid():
-        os.chmod(path, PRIVATE)
-
-
-def connect(path: Path) -> sqlite3.Connection:
-    """Open an existing file without making one.
-
-    Raises:
-        sqlite3.Error: there is none, or it cannot be opened.
-    """
-    address = f"{path.absolute().as_uri()}?mode=rw"
-    return sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
 
 
 def _identity(path: Path) -> tuple[int, int]:
