@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lvlm_fastxai.reference.softplus_product import softplus_product as dense
 from torch import Tensor
 
 from lvlm_fastxai.ops import _backends, _dispatch
 from lvlm_fastxai.ops._arguments import check_axes, check_dtypes, check_sizes, refuse
 from lvlm_fastxai.ops._dispatch import BackendName
+from lvlm_fastxai.reference.softplus_product import softplus_product as dense
 
 OPERATOR = "softplus_product"
 SCHEMA = "(Tensor rows, Tensor weight, float beta) -> Tensor"
