@@ -1,23 +1,27 @@
-"""What the commands share: options that name a model, progress bars, and lines on stderr. Loads nothing heavy."""
+"""Share what several commands need: options that name a model, progress bars, and lines on stderr.
+
+Importing this module loads neither torch nor numpy.
+"""
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .errors import printable
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_model_arguments(parser: Any, *, model: str = "checkpoint folder (default: the shipped LVLM)") -> None:
-    """Declare ``--model``, ``--device``, ``--dtype`` and ``--trust-remote-code``, what `load_checkpoint` takes.
+    """Declare ``--model``, ``--device``, ``--dtype`` and ``--trust-remote-code``, which `load_checkpoint` takes.
 
     Args:
-        parser: argparse's, or a group of one.
-        model: help of ``--model``.
+        parser: a parser of argparse, or a group of one.
+        model: the help of ``--model``.
     """
     parser.add_argument("--model", type=Path, metavar="DIR", help=model)
     device = "cpu, cuda, cuda:1, …; with several processes 'cuda', each takes its own (default: %(default)s)"
@@ -29,14 +33,19 @@ def add_model_arguments(parser: Any, *, model: str = "checkpoint folder (default
 
 
 def _device(text: str) -> str:
-    """Refuse the device that holds no numbers; what others there are, torch knows."""
+    """Refuse the meta device, which holds no numbers. Torch checks all other names."""
     if text.partition(":")[0] == "meta":
         raise argparse.ArgumentTypeError("'meta' computes nothing; give cpu, cuda or cuda:1")
     return text
 
 
 def number_or(word: str) -> Callable[[str], float | str]:
-    """A type for argparse: a number, or this word."""
+    """Make a type for argparse that takes a number or this word.
+
+    Example:
+        >>> number_or("auto")("auto"), number_or("auto")("0.5")
+        ('auto', 0.5)
+    """
 
     def parse(text: str) -> float | str:
         try:
@@ -47,40 +56,22 @@ def number_or(word: str) -> Callable[[str], float | str]:
     return parse
 
 
-# What moves a terminal's cursor or colours, reorders its text, or cannot be encoded: control characters but tab and
-# newline, marks of direction, halves of surrogate pairs.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: str) -> str:
-    r"""Spell out what a terminal would obey instead of showing it.
-
-    Args:
-        text: from outside: a question, an answer, a file's name.
-
-    Example:
-        >>> printable("a \x1b[31mred\x1b[0m circle")
-        'a \\x1b[31mred\\x1b[0m circle'
-    """
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
-
-
 def say(message: str) -> None:
-    """Print a line on stderr: stdout belongs to the result."""
-    print(printable(message), file=sys.stderr)
+    """Print a message on stderr, since stdout belongs to the result."""
+    print(printable(message, keep="\t\n"), file=sys.stderr)
 
 
 class Bars:
-    """A progress bar on stderr for each stage, with rate and remaining time: ``bars(stage, done, total)``.
+    """Show a progress bar on stderr for each stage, with rate and remaining time: ``bars(stage, done, total)``.
 
-    What is done when a stage begins does not count for its rate. A context manager.
+    Work that was done before a stage began does not count for its rate. Use it as a context manager.
 
     Args:
-        unit: of what is counted.
-        shown: False for the processes that others speak for.
-        leave: whether a stage's bar stays when it is over.
-        anywhere: also where stderr is no terminal, such as the log of a job that runs for days.
-        announce: a line per stage where stderr is no terminal.
+        unit: the name of what is counted.
+        shown: whether this process shows bars. Of several processes only one should.
+        leave: whether a stage's bar stays when the stage is over.
+        anywhere: whether to draw bars in a file too, such as the log of a job that runs for days.
+        announce: whether to print a line for each stage when stderr is not a terminal.
     """
 
     def __init__(

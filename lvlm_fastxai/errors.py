@@ -41,14 +41,18 @@ class UnknownFamilyError(FastXAIError, LookupError):
     """The model family's image grid is not known; the message names the missing data and where to add it."""
 
 
-def printable(text: object) -> str:
+def printable(text: object, *, keep: str = "") -> str:
     """Spell out what a terminal must not be given raw: control characters, and bytes of names that are not UTF-8.
+
+    Args:
+        text: from outside: a question, an answer, a file's name.
+        keep: characters that stay as they are, such as the line ends of a text of several lines.
 
     Example:
         >>> print(printable("a\\x1b[2Jb\\udce9.png"))
         a\\x1b[2Jb\\xe9.png
     """
-    return "".join(c if c.isprintable() else _spelled(c) for c in str(text))
+    return "".join(c if c.isprintable() or c in keep else _spelled(c) for c in str(text))
 
 
 def one_line(error: BaseException) -> str:

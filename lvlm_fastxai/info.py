@@ -1,4 +1,4 @@
-"""What is installed here and what runs on what: `python -m lvlm_fastxai.info`, or `lvlm-fastxai info`."""
+"""Show what is installed and which backends work: ``python -m lvlm_fastxai.info``, or ``lvlm-fastxai info``."""
 
 from __future__ import annotations
 
@@ -60,7 +60,13 @@ def collect() -> dict[str, Any]:
 
 
 def format_text(info: dict[str, Any]) -> str:
-    """The result of `collect` for people to read."""
+    """Write the result of `collect` as text for people.
+
+    Example:
+        >>> print(format_text({name: {} for name in ("machine", "packages", "operators", "environment")}
+        ...                   | {"native": {"reason": None, "build": {}}, "cuda_devices": []}))
+        native library         loaded
+    """
     lines = [f"{name:22} {value}" for name, value in info["machine"].items()]
     lines += [f"{name:22} {version or 'not installed'}" for name, version in info["packages"].items()]
     lines.append(f"{'native library':22} {info['native']['reason'] or 'loaded'}")
@@ -91,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the description; ``--json`` for machines."""
+    """Print the description of this installation, as JSON with ``--json``."""
     parser = argparse.ArgumentParser(prog="python -m lvlm_fastxai.info", description=__doc__)
     add_arguments(parser)
     return run(parser.parse_args(arguments))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +155,13 @@ def test_explain_under_a_policy(run, picture, tmp_path, checkpoint):
             and item.features["entropy"] == stored["entropy"]
         )
         assert np.allclose(opened.image_map(item.id), stored["image_maps"][0], rtol=1e-5)
+    # A name that is not UTF-8 is spelled out in the queue.
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    shutil.copyfile(picture, odd)
+    code, text, err = run("explain", odd, "how many?", "--policy", policies["review"], *options)
+    assert (code, err) == (0, "") and "review (item 2 of" in text
+    with Queue(queue) as opened:
+        assert [Path(item.sample_id).name for item in opened.items()] == ["picture.png", "caf\\xe9.png"]
     # Of another model: refused before it answers.
     other = ("--model", checkpoint, "--head", "shipped")
     expect_one_line(
@@ -217,15 +227,28 @@ def test_every_command_has_help_with_an_example(command, capsys):
     assert "example: lvlm-fastxai" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["explain", "estimate"])
+def test_the_example_can_be_pasted(run, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = (known.example for known in cli.COMMANDS if known.name == command)
+    program, *arguments = shlex.split(example)
+    code, text, err = run(*arguments)
+    assert (program, code, err) == ("lvlm-fastxai", 0, "") and text
+    assert (tmp_path / "report" / "report.html").is_file() == (command == "explain")
+
+
 HELP = """
 import resource, sys
 from lvlm_fastxai.cli import main
 try: main([*sys.argv[1:], "--help"])
 except SystemExit: pass
 used = resource.getrusage(resource.RUSAGE_SELF)
-print(used.ru_utime + used.ru_stime, *{"torch", "transformers"} & set(sys.modules), file=sys.stderr)
+print(used.ru_utime + used.ru_stime, *{"torch", "transformers", "numpy"} & set(sys.modules), file=sys.stderr)
 """
-NESTED = [("fastrm", "build-maps"), ("fastrm", "train"), ("fastrm", "evaluate"), ("review", "run"), ("review", "serve")]
+NESTED = [
+    *(("fastrm", name) for name in ("build-maps", "train", "evaluate")),
+    *(("review", name) for name in ("run", "serve", "list", "export", "backup")),
+]
 
 
 @pytest.mark.parametrize("command", [(), *((command.name,) for command in cli.COMMANDS), *NESTED], ids=" ".join)
@@ -348,10 +371,62 @@ def test_progress_bar_on_a_terminal(run, checkpoint, picture, tmp_path, monkeypa
     assert code == 0 and "generate" in err and "explain" in err
 
 
-def test_closed_pipe_is_no_error():
-    command = [sys.executable, "-m", "lvlm_fastxai.cli", "info", "--json"]
+COMMAND = [sys.executable, "-m", "lvlm_fastxai.cli"]
+# Output is lost when a buffer is flushed, which an inherited setting would avoid.
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+@pytest.mark.parametrize("arguments", [["info", "--json"], ["--help"]], ids=" ".join)
+def test_closed_pipe_is_no_error(arguments):
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as pipe:
-        result = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+        result = subprocess.run(
+            [*COMMAND, *arguments], stdout=pipe, stderr=subprocess.PIPE, text=True, check=False, env=BUFFERED
+        )
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device whose disk is full")
+@pytest.mark.parametrize("arguments", [["info"], ["--help"]], ids=" ".join)
+def test_output_on_a_full_disk(arguments):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=BUFFERED
+        )
+    expect_one_line((result.returncode, "", result.stderr), "No space left on device")
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_standard_streams_may_be_closed(checkpoint, picture, tmp_path, stream):
+    out = tmp_path / "out"
+    arguments = ["explain", picture, QUESTION, "--model", checkpoint, "--max-new-tokens", "1", "--out", out]
+    shell = shlex.join(map(str, [*COMMAND, *arguments])) + f" {stream}>&-"
+    result = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (out / "report.html").is_file()
+
+
+def test_a_report_on_a_full_disk(run, checkpoint, picture, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        out = tmp_path / "out"
+        result = run("explain", picture, QUESTION, "--model", checkpoint, "--out", out, "--max-new-tokens", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    expect_one_line(result, "cannot write")
+    assert list(out.iterdir()) == []
+
+
+def test_an_answer_keeps_its_lines(run, checkpoint, picture, tmp_path, monkeypatch):
+    original = explainer.Explainer.__call__
+
+    def of_two_lines(self: Any, *args: Any, **options: Any) -> Any:
+        explanation = original(self, *args, **options)
+        explanation.answer = "one\n\x1b[31mtwo"
+        return explanation
+
+    monkeypatch.setattr(explainer.Explainer, "__call__", of_two_lines)
+    code, text, _ = run("explain", picture, QUESTION, "--model", checkpoint, "--out", tmp_path, "--max-new-tokens", 1)
+    assert code == 0 and text.startswith("one\n\\x1b[31mtwo\n")

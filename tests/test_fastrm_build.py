@@ -24,7 +24,7 @@ from torch import nn
 
 import lvlm_fastxai as fx
 from lvlm_fastxai.errors import ArgumentError, UnsupportedModelError
-from lvlm_fastxai.fastrm import build
+from lvlm_fastxai.fastrm import build_command
 from lvlm_fastxai.fastrm.build import Built, build_maps
 from lvlm_fastxai.fastrm.shards import (
     INDEX,
@@ -611,21 +611,21 @@ def test_a_full_disk_is_told_in_one_line(lvlm: tuple[Any, Any], copy: Path, monk
 
 def parse(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    build.add_build_arguments(parser)
+    build_command.add_build_arguments(parser)
     return parser.parse_args(words)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["scenes:train?count=3&kinds=color", "--out", str(tmp_path / "maps"), "--json"]
-    assert build.run_build(parse(*words)) == 0
+    assert build_command.run_build(parse(*words)) == 0
     out, err = capsys.readouterr()
     found = Built(**json.loads(out))
     assert (found.samples, found.shards, found.found) == (3, 1, 0)
     assert "3/3" in err and "sample" in err
-    assert build.run_build(parse(*words[:-1])) == 0
+    assert build_command.run_build(parse(*words[:-1])) == 0
     assert capsys.readouterr().out.startswith("3 samples in 1 files: ")
     with pytest.raises(ArgumentError, match="--out"):
-        build.run_build(parse(words[0], "--out", str(tmp_path / "maps" / INDEX)))
+        build_command.run_build(parse(words[0], "--out", str(tmp_path / "maps" / INDEX)))
     with pytest.raises(SystemExit):
         parse(*words, "--method", "glimpse")
 
@@ -634,10 +634,10 @@ def two_processes(folder: Path) -> subprocess.Popen[str]:
     script = folder.parent / "command.py"
     script.write_text(
         "import argparse, sys\n"
-        "from lvlm_fastxai.fastrm import build\n"
+        "from lvlm_fastxai.fastrm import build_command\n"
         "parser = argparse.ArgumentParser()\n"
-        "build.add_build_arguments(parser)\n"
-        "sys.exit(build.run_build(parser.parse_args()))\n"
+        "build_command.add_build_arguments(parser)\n"
+        "sys.exit(build_command.run_build(parser.parse_args()))\n"
     )
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]

@@ -13,8 +13,7 @@ from PIL import Image
 
 import lvlm_fastxai as fx
 from lvlm_fastxai import Explainer, cli
-from lvlm_fastxai.console import printable
-from lvlm_fastxai.errors import ArgumentError
+from lvlm_fastxai.errors import ArgumentError, printable
 from lvlm_fastxai.explain import peak_memory as peaks
 from lvlm_fastxai.fastrm.build import build_maps
 from lvlm_fastxai.prompting.answering import Answerer
@@ -189,7 +188,9 @@ def test_broken_chat_templates(shared: Any, processor: Any, picture: Image.Image
 
 
 def test_escape_sequences_are_not_printed_raw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert printable("a\x1b]0;title\x07\tb\nc\x9b2J\u202e\udc80") == ("a\\x1b]0;title\\x07\tb\nc\\x9b2J\\u202e\\udc80")
+    text = "a\x1b]0;title\x07\tb\nc\x9b2J\u202e\udc80"
+    assert printable(text, keep="\t\n") == "a\\x1b]0;title\\x07\tb\nc\\x9b2J\\u202e\\x80"
+    assert printable(text).isprintable()
     assert cli.main(["explain", "absent\x1b[2J.png", "what?", "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert "\x1b" not in told and "absent\\x1b[2J.png" in told

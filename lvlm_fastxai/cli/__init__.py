@@ -1,7 +1,7 @@
-"""The command line ``lvlm-fastxai``: a table of commands, each of which lives beside what it runs.
+"""Run the command line ``lvlm-fastxai``: a table of commands, each of which lives beside the code that it runs.
 
 Nothing heavy is imported before it is needed, so ``--help`` answers at once. Bad input ends with exit code 2 and one
-line on stderr that says what to do, an interruption with 130.
+line on stderr that says what to do. An interruption ends with exit code 130.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import importlib
 import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +18,13 @@ from typing import Any
 
 from ..console import say
 from ..errors import ArgumentError, FastXAIError, one_line, printable
+from ..tiny import SAMPLE_IMAGE, SAMPLE_QUESTION
 
 __all__ = ["COMMANDS", "Command", "main"]
 
 BAD_INPUT, INTERRUPTED = 2, 130
+# A picture that every installation has, so that the examples can be pasted.
+SAMPLE = shlex.join([printable(SAMPLE_IMAGE), SAMPLE_QUESTION])
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,9 @@ class Command:
         name: the word that users type.
         summary: one line, without a full stop.
         example: a command that works.
-        module: where it lives; imported when it is asked for.
+        module: dotted name of its module, which is imported when the command is chosen.
         add: name of the function there that declares its options on a parser.
-        run: name of the function there that runs it on what was parsed, and gives the exit code.
+        run: name of the function there that takes the parsed options and returns the exit code.
     """
 
     name: str
@@ -54,7 +58,7 @@ COMMANDS = (
     Command(
         "explain",
         "answer a question about an image and write a relevancy map for every token of the answer",
-        "lvlm-fastxai explain photo.png 'what is left of the tree?' --model llava-1.5-7b-hf --memory lean --out report",
+        f"lvlm-fastxai explain {SAMPLE} --out report",
         "lvlm_fastxai.cli.explain",
         add="add_explain_arguments",
         run="run_explain",
@@ -62,7 +66,7 @@ COMMANDS = (
     Command(
         "estimate",
         "say what an explanation will cost in time and memory, before anything is run",
-        "lvlm-fastxai estimate photo.png 'what is left of the tree?' --model llava-1.5-7b-hf",
+        f"lvlm-fastxai estimate {SAMPLE}",
         "lvlm_fastxai.cli.explain",
         add="add_estimate_arguments",
         run="run_estimate",
@@ -109,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; those of the process by default.
 
     Returns:
-        0, or 2 for bad input, or 130 when interrupted; the reason is on stderr, in one line.
+        0; 2 for bad input; 130 when interrupted. The reason is on stderr, in one line.
 
     Example:
         >>> main(["info", "--json", "--loud"])
@@ -119,24 +123,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     # OpenMP's waiting threads spin by default, which slows a small model tenfold when other programs share the cores.
     # Read when torch is first imported; a user's own setting stays.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _replace_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
     try:
-        args = _parser(arguments).parse_args(arguments)
-        code = int(args.run(args) or 0)
-        sys.stdout.flush()
-        return code
+        try:
+            args = _parser(arguments).parse_args(arguments)
+            return int(args.run(args) or 0)
+        finally:
+            sys.stdout.flush()  # also after --help, which leaves by SystemExit
     except FastXAIError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         print("lvlm-fastxai: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has closed it (`| head`); Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output has closed it (`| head`)
+        _drop_unwritable_output()
         return 0
     except OSError as error:
+        _drop_unwritable_output()
         return _fail(one_line(error))
+
+
+def _replace_closed_streams() -> None:
+    """Open the null device for standard streams that were closed (`>&-`), so that no file takes their place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+
+
+def _drop_unwritable_output() -> None:
+    """Send output that cannot be written to the null device. Python would fail on it again when it flushes at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:
@@ -145,7 +166,7 @@ def _fail(message: str) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line; the usage is a `--help` away."""
+    """Report errors in one line, without the usage, which ``--help`` shows."""
 
     def error(self, message: str) -> Any:
         raise ArgumentError(f"{message} (see `{self.prog} --help`)")
@@ -155,7 +176,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="lvlm-fastxai",
         description="Why did the model say that? Exact relevancy maps of large vision-language models.",
-        epilog="example: lvlm-fastxai explain photo.png 'what is left of the tree?' --out report",
+        epilog=f"example: {COMMANDS[0].example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")

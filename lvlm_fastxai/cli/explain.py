@@ -1,6 +1,6 @@
-"""``lvlm-fastxai explain`` and ``lvlm-fastxai estimate``: options, and what they do.
+"""Read the options of ``lvlm-fastxai explain`` and ``lvlm-fastxai estimate``, and run them.
 
-Nothing heavy is imported before a command runs.
+Importing this module loads neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", default=DEFAULT_OUT, help="folder to write (default: %(default)s)")
     add("--json", action="store_true", help="print the explanation as JSON on stdout")
     decide = parser.add_argument_group("a decision on the answer").add_argument
-    policy_help = "accept the answer or have a person look; from `calibrate`"
+    policy_help = "file that `calibrate` wrote: accept the answer or have a person look (default: no decision)"
     decide("--policy", type=Path, metavar="FILE", help=policy_help)
-    queue_help = "where answers that the policy does not accept wait for `review serve`"
+    queue_help = "where answers that the policy does not accept wait for `review serve` (default: none)"
     decide("--queue", type=Path, metavar="FILE", help=queue_help)
 
 
@@ -76,14 +76,14 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     )
     add("--tokens", default="all", metavar="all|content|top:K", help=tokens_help)
     head_help = (
-        "FastRM head of the model, for methods that need one and for the maps' entropies ('shipped': the shipped "
-        "model's)"
+        "FastRM head of the model, for methods that need one and for the maps' entropies; 'shipped': the shipped "
+        "model's (default: none, or the shipped one where it is needed and fits)"
     )
     add("--head", metavar="DIR", help=head_help)
     for traits in registry.METHODS.values():
         if traits.options:
             _add_method_options(parser.add_argument_group(f"options of --method {traits.name}"), traits)
-    backend_help = "kernel to use; default: the first that works here"
+    backend_help = "kernel to use (default: the first that works here)"
     add("--backend", choices=get_args(BackendName), help=backend_help)
 
 
@@ -124,14 +124,14 @@ def run_explain(args: argparse.Namespace) -> int:
 
 def _tell(args: argparse.Namespace, explanation: Explanation, queued: int | None) -> None:
     """Print the answer and what was found; nothing that a model says may steer the terminal."""
-    print(printable(explanation.answer))
+    print(printable(explanation.answer, keep="\t\n"))
     seconds = explanation.seconds
     print(
         f"confidence {explanation.confidence:.1%} · answered in {seconds['generate']:.2f} s, "
         f"explained in {seconds['explain']:.2f} s ({explanation.method}, backend {explanation.backend})"
     )
     if explanation.decision is not None:
-        where = "" if queued is None else f" (item {queued} of {args.queue})"
+        where = "" if queued is None else f" (item {queued} of {printable(args.queue)})"
         print(f"{explanation.decision['verdict']}{where}: {explanation.decision['reason']}")
     if explanation.untouched:
         explained, left = len(explanation.tokens), len(explanation.untouched)
@@ -149,7 +149,7 @@ def _tell(args: argparse.Namespace, explanation: Explanation, queued: int | None
 
 
 def _policy(args: argparse.Namespace) -> Policy | None:
-    """What `--policy` names; ArgumentError where it cannot be applied."""
+    """Load the file that ``--policy`` names. Raise ArgumentError if it cannot be applied."""
     if args.policy is None:
         if args.queue is not None:
             raise ArgumentError("--queue: a policy decides what goes there; give --policy, which `calibrate` writes")
@@ -164,7 +164,7 @@ def _policy(args: argparse.Namespace) -> Policy | None:
 
 
 def _decide(args: argparse.Namespace, policy: Policy, explanation: Explanation) -> int | None:
-    """Have the policy decide on the answer; the number of its item in the queue, if it went there."""
+    """Let the policy decide on the answer. Return the number of its item in the queue, or None if it is not there."""
     from dataclasses import asdict
 
     features = {"entropy": explanation.entropy, "probability": explanation.confidence}
@@ -184,7 +184,7 @@ def _decide(args: argparse.Namespace, policy: Policy, explanation: Explanation) 
         model_name=explanation.model_name,
         model_fingerprint=policy.model_fingerprint,
         head_fingerprint=policy.head_fingerprint,
-        sample_id=str(args.image),
+        sample_id=printable(args.image),  # a queue keeps text, and a file's name may not be UTF-8
         extra={"method": explanation.method},
     )
     with Queue(args.queue) as queue:
@@ -211,7 +211,7 @@ def run_estimate(args: argparse.Namespace) -> int:
 
 
 def _check_question(args: argparse.Namespace) -> None:
-    """What can be seen to be wrong before a model is loaded."""
+    """Refuse what can be seen to be wrong before a model is loaded."""
     if not args.question.strip():
         raise ArgumentError("question: expected some text, got an empty question")
     if args.max_new_tokens < 1:
@@ -229,7 +229,7 @@ def _check_question(args: argparse.Namespace) -> None:
 
 
 def _options(args: argparse.Namespace) -> Any:
-    """Make the method's options of what was given; None where nothing was."""
+    """Make the method's options from the flags that were given. Return None if there were none."""
     traits = registry.find(args.method)
     given = {option.name: getattr(args, option.name) for option in OPTIONS if getattr(args, option.name) is not None}
     for owner in registry.METHODS.values():
@@ -241,13 +241,13 @@ def _options(args: argparse.Namespace) -> Any:
 
 
 def _head(args: argparse.Namespace) -> str | None:
-    """The head's folder; the shipped model's own is at hand where one is needed."""
+    """Name the head's folder. The shipped model has a head of its own, used when one is needed."""
     wanted = registry.find(args.method).needs_head or getattr(args, "policy", None) is not None
     return args.head or ("shipped" if wanted and args.model is None else None)
 
 
 def _own_arguments(args: argparse.Namespace) -> list[str]:
-    """The command again, from what was parsed: what was left at its default is left out."""
+    """Write the command again from what was parsed, without the options that were left at their defaults."""
     words = ["explain", args.image, args.question]
     defaults = {
         "method": registry.names()[0],
@@ -315,7 +315,7 @@ def _explainer(args: argparse.Namespace) -> Explainer:
 
 @contextmanager
 def _stages() -> Iterator[Any]:
-    """A progress bar on stderr for the stages of an explanation, where stderr is a terminal."""
+    """Show a progress bar for the stages of an explanation, if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield None
         return

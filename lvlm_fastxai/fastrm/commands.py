@@ -1,6 +1,6 @@
-"""``lvlm-fastxai fastrm build-maps | train | evaluate``: options, and what they do.
+"""Read the options of ``lvlm-fastxai fastrm build-maps | train | evaluate``, and run what was chosen.
 
-Importing this module loads neither torch nor transformers.
+Importing this module loads neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from ..console import Bars, add_model_arguments, say
 from ..errors import ArgumentError
 from ..files import write_whole
-from ..prompting.sources import Source, open_source
 from ..training.metrics import MetricsLog
 from ..training.processes import agree, join_processes, own_device
-from .build import add_build_arguments, build_maps, run_build
-from .shards import INDEX, PATTERN, MapSet, open_maps
+from .build_command import add_build_arguments, run_build
 
 if TYPE_CHECKING:
+    from ..prompting.sources import Source
+    from .shards import MapSet
     from .states import Items
     from .train import Trained
 
@@ -73,7 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run one of the commands of ``lvlm-fastxai fastrm``; 0, or FastXAIError with what to do."""
+    """Run one of the commands of ``lvlm-fastxai fastrm``.
+
+    Returns:
+        0.
+
+    Raises:
+        FastXAIError: bad input; the message says what to do.
+    """
     return int(args.fastrm(args))
 
 
@@ -158,6 +165,7 @@ def _run_train(args: argparse.Namespace) -> int:
     from ..models.checkpoint import load_checkpoint
     from ..models.fingerprint import fingerprint, model_name
     from ..prompting.answering import Answerer
+    from ..prompting.sources import open_source
     from .head import FastRMConfig
     from .train import TrainSettings, train_head, write_training
 
@@ -220,6 +228,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     from ..models.checkpoint import load_checkpoint
     from ..models.fingerprint import fingerprint
     from ..prompting.answering import Answerer
+    from ..prompting.sources import open_source
     from .evaluate import draw, evaluate_head, table
     from .head import FastRM
 
@@ -264,6 +273,10 @@ def _run_evaluate(args: argparse.Namespace) -> int:
 
 def _maps_of(spec: str, folder: Path, sources: list[Source], model: Any, processor: Any, bars: Any) -> Path:
     """The folder of a set of maps; those of a source are built in the head's folder, and the source is remembered."""
+    from ..prompting.sources import open_source
+    from .build import build_maps
+    from .shards import INDEX, PATTERN
+
     path = Path(spec)
     if path.is_dir() and ((path / INDEX).is_file() or any(path.glob(PATTERN))):
         return path
@@ -285,6 +298,7 @@ def _maps_of(spec: str, folder: Path, sources: list[Source], model: Any, process
 
 
 def _items(folders: Sequence[Path], sources: Sequence[Source], fingerprint: str) -> Items:
+    from .shards import open_maps
     from .states import Items
 
     maps: list[MapSet] = [open_maps(folder) for folder in folders]
