@@ -76,6 +76,7 @@ lint: | $(DEV)  ## style, types, C++ layout
 	$(BIN)/ruff format --check .
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --follow-imports silent tests/typed_example.py
 
 # setup.py's own build folder is used, so nothing that `make test` has compiled is compiled again.
 cuda: | $(DEV) $(PACKAGE)  ## compile the CUDA kernels for every supported architecture and look at the machine code (skipped without nvcc, but not in CI)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..choices import Weighting
 from ..explain.aggregation import aggregate
 from ..explain.relevancy_rows import explain_rows
 from ..methods import GlimpseOptions, registry
@@ -40,7 +41,7 @@ class Variant:
     """
 
     method: str
-    weighting: str = "uniform"
+    weighting: Weighting = "uniform"
     options: GlimpseOptions | None = None
 
 
@@ -215,7 +216,7 @@ class _Joined:
         weights[spoken] = 1 / len(spoken)
         return weights
 
-    def _weights(self, sample: int, rows: Tensor, probabilities: Tensor, weighting: str) -> NDArray[np.float64]:
+    def _weights(self, sample: int, rows: Tensor, probabilities: Tensor, weighting: Weighting) -> NDArray[np.float64]:
         """Weigh the tokens: the map of an answer is linear in its tokens' maps."""
         weights = self._uniform(sample)
         if weighting == "uniform":

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ..choices import Weighting
 from ..errors import ArgumentError
 
 # What a token's weight is made of; the last three are ablations of the paper.
-WEIGHTINGS = ("glimpse", "confidence", "prompt", "uniform")
+WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,12 @@ class Aggregate:
         image_weights: (N,) β_t^V = p_t a_t / Σ p a. The weights cross: what is grounded in the prompt weighs images.
         prompt_weights: (N,) β_t^P = p_t v_t / Σ p v.
         token_scores: (N,) β_t^V β_t^P.
+
+    Example:
+        >>> rows = torch.tensor([[0.5, 0.0, 0.1, 1.0], [0.0, 0.5, 0.3, 1.0]])
+        >>> found = aggregate(rows, torch.tensor([0.8, 0.8]), image_columns=[0, 1], prompt_columns=[2])
+        >>> found.image_map, found.prompt_map
+        (tensor([0.1250, 0.3750]), tensor([0.2000]))
     """
 
     image_map: Tensor
@@ -60,7 +68,10 @@ class Aggregator:
     """
 
     def __init__(
-        self, image_columns: Tensor | Sequence[int], prompt_columns: Tensor | Sequence[int], weighting: str = "glimpse"
+        self,
+        image_columns: Tensor | Sequence[int],
+        prompt_columns: Tensor | Sequence[int],
+        weighting: Weighting = "glimpse",
     ) -> None:
         if weighting not in WEIGHTINGS:
             raise ArgumentError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
@@ -129,7 +140,7 @@ def aggregate(
     image_columns: Tensor | Sequence[int],
     prompt_columns: Tensor | Sequence[int],
     *,
-    weighting: str = "glimpse",
+    weighting: Weighting = "glimpse",
     query_rows: Sequence[int] | None = None,
 ) -> Aggregate:
     """Relevancy rows of an answer's tokens to one map of the image and one of the prompt.

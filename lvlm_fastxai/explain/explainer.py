@@ -12,6 +12,7 @@ from .. import ops
 from ..choices import Memory, RowTolerance
 from ..errors import ArgumentError
 from ..methods import registry
+from ..methods.glimpse_options import GlimpseOptions
 from ..methods.registry import MethodName
 from ..models.fingerprint import model_name
 from ..models.lock import holding
@@ -81,7 +82,7 @@ class Explainer:
         method: MethodName = "chefer",
         memory: Memory = "fast",
         row_tolerance: RowTolerance = 0.0,
-        options: Any = None,
+        options: GlimpseOptions | None = None,
         tokens: str = "all",
         head: Head | None = None,
         prompt_template: str | None = None,

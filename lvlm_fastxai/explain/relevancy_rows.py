@@ -13,6 +13,7 @@ from .. import methods
 from ..choices import Memory, RowTolerance
 from ..errors import ArgumentError, UnsupportedModelError
 from ..methods import registry
+from ..methods.glimpse_options import GlimpseOptions
 from ..methods.registry import MethodName
 from ..models.decoder import unwrap
 from ..sweep.forward import Recording, Sweep
@@ -31,6 +32,11 @@ class RelevancyRows:
         certificate: what a sweep kept of each target; None for a method that does not go down the layers.
         fallback: why a pruned sweep swept its layers whole; None if it did not.
         compared: (N, S) rows of the method's companion for the same targets, where they were asked for.
+
+    Example:
+        >>> found = RelevancyRows(torch.eye(3)[1:], torch.zeros(2), torch.full((2,), 0.5))
+        >>> found.rows.shape, found.certificate
+        (torch.Size([2, 3]), None)
     """
 
     rows: Tensor
@@ -50,7 +56,7 @@ def relevancy_rows(
     memory: Memory = "fast",
     row_tolerance: RowTolerance = 0.0,
     prompt_length: int | Sequence[int] | None = None,
-    options: Any = None,
+    options: GlimpseOptions | None = None,
 ) -> Tensor:
     """Compute the relevancy of every position for each of N explained logits, without an S×S tensor.
 
@@ -112,7 +118,7 @@ def explain_rows(
     memory: Memory = "fast",
     row_tolerance: RowTolerance = 0.0,
     prompt_length: int | Sequence[int] | None = None,
-    options: Any = None,
+    options: GlimpseOptions | None = None,
     recording: Recording | None = None,
     compare: bool = False,
     progress: Callable[[int, int], None] | None = None,

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import ops
+from ..choices import Activation, Norm
 from ..errors import ArgumentError, ModelMismatchError, printable
 from ..files import finish_folder, writing_folder
 from ..models.fingerprint import fingerprint, is_outdated
-from ..ops.proxy_relevancy import ACTIVATIONS, NORMS, Activation, Norm
+from ..ops.proxy_relevancy import ACTIVATIONS, NORMS
 
 if TYPE_CHECKING:
     from .live import LiveMaps
@@ -53,6 +54,10 @@ class FastRMConfig:
 
     Raises:
         ArgumentError: a value outside these.
+
+    Example:
+        >>> FastRMConfig(hidden_size=192, activation="softmax").dim
+        64
     """
 
     hidden_size: int
@@ -87,7 +92,14 @@ class FastRMConfig:
 
 class Prediction(NamedTuple):
     """map (B, N, S) in 0 … 1, 0 at padding · entropy (B, N) of the map as a distribution over the columns, 0 on one
-    column and 1 on all alike · bernoulli (B, N), mean entropy of the columns' own probabilities, in bits."""
+    column and 1 on all alike · bernoulli (B, N), mean entropy of the columns' own probabilities, in bits.
+
+    Example:
+        >>> head = FastRM(FastRMConfig(hidden_size=8))
+        >>> prediction = head.predict(torch.randn(1, 5, 8), torch.randn(1, 1, 8))
+        >>> prediction.map.shape, prediction.entropy.shape
+        (torch.Size([1, 1, 5]), torch.Size([1, 1]))
+    """
 
     map: Tensor
     entropy: Tensor

@@ -35,6 +35,11 @@ class LiveToken:
         entropy: of the map as a distribution over the image, in 0 … 1; low where the map is concentrated.
         bernoulli: mean entropy of the columns' own probabilities, in bits.
         image_maps: one (h, w) fp32 map per picture, in 0 … 1.
+
+    Example:
+        >>> token = LiveToken(7, 0.9, 4.2, 0.3, 0.5, [np.zeros((12, 12), np.float32)])
+        >>> token.image_maps[0].shape
+        (12, 12)
     """
 
     token_id: int
@@ -57,6 +62,19 @@ class LiveStep:
         prediction: map (B, 1, n), entropy and bernoulli (B, 1); the n image columns in the sequence's order.
         negative_logits: (B,) fp32, −1 times the tokens' logits.
         surprisals: (B,) fp32, −log of the tokens' probabilities.
+
+    Example:
+        >>> import lvlm_fastxai as fx
+        >>> from lvlm_fastxai import tiny
+        >>> from PIL import Image
+        >>> model, processor = fx.load_tiny_lvlm()
+        >>> content = [{"type": "image"}, {"type": "text", "text": tiny.SAMPLE_QUESTION}]
+        >>> text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        >>> inputs = processor(images=Image.open(tiny.SAMPLE_IMAGE), text=text, return_tensors="pt")
+        >>> head = fx.FastRM.from_pretrained("shipped")
+        >>> step = next(fx.fastrm.stream(head, model, inputs, max_new_tokens=2))
+        >>> step.index, step.open, step.row().shape == inputs["input_ids"][0].shape
+        (0, (True,), True)
     """
 
     index: int
@@ -233,7 +251,7 @@ class LiveMaps:
         """Bytes of the hidden states that are kept."""
         return 0 if self._states is None else self._states.nbytes
 
-    def _see_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _see_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         hidden = (output[0] if isinstance(output, tuple) else output).detach()
         if hidden.shape[0] % len(self._columns):
             raise ArgumentError(
@@ -270,7 +288,7 @@ class LiveMaps:
                 self._states[sample, inside[0] : inside[-1] + 1] = hidden[sample, taken]
         self._read += length
 
-    def _see_logits(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _see_logits(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._logits = output.logits[:, -1].detach()
 
     def put(self, value: Tensor) -> None:
@@ -328,8 +346,18 @@ def stream(
             here.
 
     Example:
-        >>> for step in stream(head, model, inputs, max_new_tokens=64):        # doctest: +SKIP
-        ...     print(processor.decode(step.token_ids), step.token().entropy)  # doctest: +SKIP
+        >>> import lvlm_fastxai as fx
+        >>> from lvlm_fastxai import tiny
+        >>> from PIL import Image
+        >>> model, processor = fx.load_tiny_lvlm()
+        >>> content = [{"type": "image"}, {"type": "text", "text": tiny.SAMPLE_QUESTION}]
+        >>> text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        >>> inputs = processor(images=Image.open(tiny.SAMPLE_IMAGE), text=text, return_tensors="pt")
+        >>> head = fx.FastRM.from_pretrained("shipped")
+        >>> for step in fx.fastrm.stream(head, model, inputs, max_new_tokens=2):
+        ...     print(step.index, 0 < step.entropy() < 1)
+        0 True
+        1 True
     """
     steps: queue.SimpleQueue[LiveStep | BaseException | None] = queue.SimpleQueue()
     stopped = threading.Event()

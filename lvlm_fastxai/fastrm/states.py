@@ -74,7 +74,7 @@ def read_states(
 
 
 def _keep(kept: dict[int, Tensor], layer: int) -> Any:
-    def hook(module: Any, args: tuple, output: Any) -> None:
+    def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
         kept[layer] = output[0] if isinstance(output, tuple) else output
 
     return hook

@@ -1,7 +1,7 @@
 """Operators: contract, argument checks and choice of backend. No operator knows a model."""
 
+from lvlm_fastxai.choices import BackendName as BackendName
 from lvlm_fastxai.ops._dispatch import BACKENDS as BACKENDS
-from lvlm_fastxai.ops._dispatch import BackendName as BackendName
 from lvlm_fastxai.ops._dispatch import Operator as Operator
 from lvlm_fastxai.ops._dispatch import backends as backends
 from lvlm_fastxai.ops._dispatch import catalogue as catalogue

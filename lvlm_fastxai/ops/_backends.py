@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from lvlm_fastxai import _native
+from lvlm_fastxai.choices import BackendName
 from lvlm_fastxai.errors import NotDifferentiableError
 from lvlm_fastxai.ops import _dispatch
-from lvlm_fastxai.ops._dispatch import BACKENDS, Backend, BackendName, Operator, Problem
+from lvlm_fastxai.ops._dispatch import BACKENDS, Backend, Operator, Problem
 
 TRITON_KERNELS = "lvlm_fastxai.triton_kernels"
 SIXTEEN_AND_32_BIT = (torch.float32, torch.bfloat16, torch.float16)

@@ -53,6 +53,12 @@ class Operator:
         backends: its implementations, in the order in which they are tried.
         differentiable: whether a gradient formula is registered.
         composed_of: the operator whose kernels it calls, where it has none of its own.
+
+    Example:
+        >>> import lvlm_fastxai as fx
+        >>> operator = fx.ops.catalogue()["relevancy_product"]
+        >>> operator.kind, list(operator.backends)
+        ('attention', ['cuda', 'triton', 'cpu', 'reference'])
     """
 
     name: str
@@ -83,7 +89,13 @@ def catalogue() -> dict[str, Operator]:
 
 
 def operators() -> tuple[str, ...]:
-    """Return the names of all operators that have kernels of their own."""
+    """Return the names of all operators that have kernels of their own.
+
+    Example:
+        >>> import lvlm_fastxai as fx
+        >>> "relevancy_product" in fx.ops.operators(), "glimpse_product" in fx.ops.operators()
+        (True, False)
+    """
     return tuple(name for name, operator in catalogue().items() if operator.composed_of is None)
 
 
@@ -157,6 +169,12 @@ def chosen_backend(
     Raises:
         ArgumentError: there is no backend of that name.
         BackendUnavailableError: the backend that was asked for cannot serve the call.
+
+    Example:
+        >>> import lvlm_fastxai as fx
+        >>> with fx.use_backend("reference"):
+        ...     fx.ops.chosen_backend("relevancy_product", torch.device("cpu"), torch.float32)
+        'reference'
     """
     problem = Problem(device, dtype)
     implementations = _operators[operator].backends

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lvlm_fastxai.choices import BackendName
 from lvlm_fastxai.ops import _backends, _dispatch
 from lvlm_fastxai.ops._attention import KIND, AttentionArguments
-from lvlm_fastxai.ops._dispatch import BackendName
 from lvlm_fastxai.reference.attention_backward_relevancy import attention_backward_relevancy as dense
 
 OPERATOR = "attention_backward_relevancy"

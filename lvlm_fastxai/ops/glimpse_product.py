@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lvlm_fastxai.choices import BackendName
 from lvlm_fastxai.ops import _backends
 from lvlm_fastxai.ops._arguments import check_axes, check_sizes, refuse
-from lvlm_fastxai.ops._dispatch import BackendName
 from lvlm_fastxai.ops.relevancy_product import OPERATOR as PART
 from lvlm_fastxai.ops.relevancy_product import relevancy_product
 

@@ -7,10 +7,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lvlm_fastxai.choices import BackendName
 from lvlm_fastxai.ops import _backends, _dispatch
 from lvlm_fastxai.ops._arguments import as_int32, check_choice, check_integers
 from lvlm_fastxai.ops._attention import KIND, AttentionArguments
-from lvlm_fastxai.ops._dispatch import BackendName
 from lvlm_fastxai.ops.key_ranges import real_columns
 from lvlm_fastxai.reference.glimpse_statistics import glimpse_statistics as dense
 

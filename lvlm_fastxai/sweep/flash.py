@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,11 +40,11 @@ class Library(Protocol):
     """``forward`` gives the output, the logsumexp and whatever its own ``backward`` wants back."""
 
     @staticmethod
-    def forward(call: Call) -> tuple[Tensor, Tensor, tuple]: ...
+    def forward(call: Call) -> tuple[Tensor, Tensor, tuple[Any, ...]]: ...
 
     @staticmethod
     def backward(
-        call: Call, grad: Tensor, output: Tensor, logsumexp: Tensor, extra: tuple
+        call: Call, grad: Tensor, output: Tensor, logsumexp: Tensor, extra: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -60,7 +60,7 @@ class CpuFlash:
     """torch's CPU flash attention: any float dtype and width, grouped keys as they are."""
 
     @staticmethod
-    def forward(call: Call) -> tuple[Tensor, Tensor, tuple]:
+    def forward(call: Call) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         output, logsumexp = kernel(
             call.query, call.key, call.value, 0.0, call.causal, attn_mask=call.bias, scale=call.scale
@@ -69,7 +69,7 @@ class CpuFlash:
 
     @staticmethod
     def backward(
-        call: Call, grad: Tensor, output: Tensor, logsumexp: Tensor, extra: tuple
+        call: Call, grad: Tensor, output: Tensor, logsumexp: Tensor, extra: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         forward = (call.query, call.key, call.value, output, logsumexp, 0.0, call.causal)
@@ -80,7 +80,7 @@ class Blocked:
     """Attention in matrix products of ``ROW_BLOCK`` rows, for devices and dtypes that torch's flash kernels refuse."""
 
     @staticmethod
-    def forward(call: Call) -> tuple[Tensor, Tensor, tuple]:
+    def forward(call: Call) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         key, value = _expand_groups(call)
         outputs, logsumexps = [], []
         for top in range(0, call.query.shape[2], ROW_BLOCK):
@@ -92,7 +92,7 @@ class Blocked:
 
     @staticmethod
     def backward(
-        call: Call, grad: Tensor, output: Tensor, logsumexp: Tensor, extra: tuple
+        call: Call, grad: Tensor, output: Tensor, logsumexp: Tensor, extra: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         key, value = _expand_groups(call)
         query, dtype = call.query, accumulator(call.query.dtype)
@@ -129,7 +129,7 @@ class CudaFlash:
     """torch's CUDA flash attention for 16-bit inputs; a segment with a bias goes to :class:`Blocked`."""
 
     @staticmethod
-    def forward(call: Call) -> tuple[Tensor, Tensor, tuple]:
+    def forward(call: Call) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         if call.bias is not None:
             return Blocked.forward(call)
         output, logsumexp, *extra = torch.ops.aten._scaled_dot_product_flash_attention(
@@ -139,7 +139,7 @@ class CudaFlash:
 
     @staticmethod
     def backward(
-        call: Call, grad: Tensor, output: Tensor, logsumexp: Tensor, extra: tuple
+        call: Call, grad: Tensor, output: Tensor, logsumexp: Tensor, extra: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         if call.bias is not None:
             return Blocked.backward(call, grad, output, logsumexp, extra)

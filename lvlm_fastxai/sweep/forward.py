@@ -229,7 +229,9 @@ class Sweep:
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
         self.logits = head(recording.norm(output.gather(1, rows)))
 
-    def _enter_layer(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _enter_layer(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         name = None if args else "hidden_states"
         hidden = args[0] if name is None else kwargs[name]
         leaf = hidden.detach().requires_grad_()
@@ -246,7 +248,7 @@ class Sweep:
             torch.set_grad_enabled(False)
         return ((leaf, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: leaf})
 
-    def _leave_layer(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def _leave_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         torch.set_grad_enabled(True)
         current_tape.set(None)
         layer = self.layers[-1]

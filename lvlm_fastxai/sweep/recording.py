@@ -45,9 +45,14 @@ class Recorder:
         UnsupportedModelError: the model has no decoder layers that can be found.
 
     Example:
-        >>> with Recorder(model) as recorder:                     # doctest: +SKIP
-        ...     tokens = model.generate(**inputs)                 # doctest: +SKIP
-        >>> recording, reason = recorder.recording()              # doctest: +SKIP
+        >>> import lvlm_fastxai as fx
+        >>> model, processor = fx.load_tiny_lvlm()
+        >>> inputs = processor(text=["what color is the circle?"], return_tensors="pt")
+        >>> with torch.no_grad(), Recorder(model) as recorder:
+        ...     tokens = model.generate(**inputs, max_new_tokens=2, min_new_tokens=2)
+        >>> recording, reason = recorder.recording()
+        >>> recording.output.shape[1] == tokens.shape[1] - 1, reason
+        (True, None)
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -122,7 +127,7 @@ class Recorder:
         return whole
 
     def _enter(self, index: int) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             if index > 0 and hidden is not self._last_output:
@@ -137,14 +142,14 @@ class Recorder:
         return hook
 
     def _leave(self, index: int) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._last_output = output[0] if isinstance(output, tuple) else output
             if index + 1 == len(self._modules):
                 self._outputs.append(self._last_output.detach())
 
         return hook
 
-    def _after(self, module: nn.Module, args: tuple) -> None:
+    def _after(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and args[0] is self._last_output and len(self._norms) < len(self._outputs):
             self._norms.append(module)
 

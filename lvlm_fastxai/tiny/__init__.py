@@ -23,7 +23,7 @@ SAMPLE_QUESTION = "describe the image."
 
 
 def load_tiny_lvlm(folder: str | Path | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The shipped LVLM, on the CPU, in fp32 and in evaluation mode, with its processor.
+    """Load the shipped LVLM, on the CPU, in fp32 and in evaluation mode, with its processor.
 
     Both are plain transformers objects. The prompt is built by the processor's chat template::
 
@@ -39,6 +39,11 @@ def load_tiny_lvlm(folder: str | Path | None = None) -> tuple[LlavaForConditiona
     Raises:
         FileNotFoundError: if the folder holds no checkpoint.
         ArgumentError: if weights are missing there.
+
+    Example:
+        >>> model, processor = load_tiny_lvlm()
+        >>> model.training, str(model.dtype)
+        (False, 'torch.float32')
     """
     source = Path(folder) if folder is not None else WEIGHTS
     if not (source / "config.json").is_file():

@@ -78,7 +78,7 @@ def easy_vqa_test_pool() -> Pool:
 
 def prior(questions: Iterable[Asked]) -> dict[str, dict[str, str]]:
     """Per kind, the most frequent answer to each question text; under "" that to all questions of the kind."""
-    counts: dict[str, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
+    counts: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for question in questions:
         counts[question.kind][question.text][question.answer] += 1
         counts[question.kind][""][question.answer] += 1

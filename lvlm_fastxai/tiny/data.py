@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
@@ -293,7 +295,7 @@ def _easy_vqa_words(questions: list[Asked]) -> dict[str, str]:
 
 def easy_vqa_pool(split: str) -> Pool:
     """A split of easy-VQA as a :class:`Pool`; patch labels come from the pixels and from the questions alone."""
-    columns: list[tuple] = []
+    columns: list[tuple[NDArray[Any], ...]] = []
     questions = []
     for path, asked in easy_vqa(split):
         with Image.open(path) as file:

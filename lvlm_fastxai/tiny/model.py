@@ -169,7 +169,7 @@ def name_as_hub(file: Path) -> None:
     save_file(renamed, file, metadata={"format": "pt"})
 
 
-def chat(question: str) -> list[dict]:
+def chat(question: str) -> list[dict[str, Any]]:
     """Messages for the processor's chat template: one picture and ``question``."""
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
 from .scene import CANVAS, COLORS, KINDS, SHAPES, SIZES, TEXTURES, Question, Scene, SceneObject
+
+T = TypeVar("T")
 
 # Two centres must differ by this much along an axis before a question may be asked about that axis.
 _RELATION_MARGIN = 22.0
@@ -64,7 +67,7 @@ def _union(objects: Sequence[SceneObject]) -> np.ndarray:
     return mask
 
 
-def _shuffled(items: Sequence, rng: np.random.Generator) -> list:
+def _shuffled(items: Sequence[T], rng: np.random.Generator) -> list[T]:
     return [items[i] for i in rng.permutation(len(items))]
 
 
